@@ -9,6 +9,7 @@ forward and backward, from the passes in `torch_passes.py`. `step.py` is one tok
 from torch import Tensor
 
 from lm_zoo.kernels.checks import check_cu_seqlens, check_option, check_same, check_shape, check_tensor
+from lm_zoo.kernels.linear_attention.chunkwise import linear_attention_chunkwise
 from lm_zoo.kernels.linear_attention.reference import linear_attention_reference
 from lm_zoo.kernels.linear_attention.step import linear_attention_step
 
@@ -63,7 +64,11 @@ def linear_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:2], -1)
-    o, final_state = linear_attention_reference(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
+    arguments = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
+    if backend == "reference":
+        o, final_state = linear_attention_reference(*arguments)
+    else:
+        o, final_state = linear_attention_chunkwise(*arguments, backend="torch")
     return o.to(v.dtype), final_state if output_final_state else None
 
 

@@ -1,0 +1,282 @@
+"""The passes of the chunkwise form in PyTorch, on any device; quick on a CPU.
+
+One pass per step of the form, forward and backward; `chunkwise.py` composes them. Tensors are cut into M chunks of C
+tokens (`chunks.py`): q, k `[M, H, C, K]`, v `[M, H, C, V]`, states `[M, H, K, V]`, scores `[M, H, C, C]`. G is the
+cumulative log decay inside the chunk: `None`, `[M, H, C]` (per token) or `[M, H, C, K]` (per key channel). Every
+exponent formed here is <= 0, but for the bounded ones of `channel_scores.py`.
+
+    1 cumulative_decay     G
+    2 chunk_scores         A_qk[i,j] = scale sum_d q_id k_jd e^{G_id - G_jd}  i >= j,   A_kk[i,j] likewise of k, i > j
+    3 delta_transform      T = (I + diag(beta) A_kk)^-1    u = T diag(beta) V    w = T diag(beta) (K e^G)
+    4 chunk_states         v' = u - w S    S <- Diag(e^{G_C}) S + (K e^{G_C - G})^T v'
+    5 chunk_output         O = scale (Q e^G) S + A_qk v'
+
+Names: `dx` is the gradient of x. Backward passes that take dq, dk or dG add to them in place.
+"""
+
+import torch
+from torch import Tensor
+
+from lm_zoo.kernels.linear_attention.channel_scores import (
+    channel_scores,
+    channel_scores_backward,
+    diagonal_blocks,
+    exp_of,
+)
+from lm_zoo.kernels.linear_attention.chunks import Chunks
+
+# e^-104 is 0 in float32 and e^-746 in float64: below the floor a decay forgets everything, as -inf does.
+DECAY_FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
+
+
+# ---- 1 cumulative_decay -------------------------------------------------------------------------------------------
+
+
+def cumulative_decay(log_decay: Tensor) -> Tensor:
+    """In float64: a chunk may sum to thousands of nats, and it is small differences of G that matter."""
+    return log_decay.clamp(min=DECAY_FLOOR[log_decay.dtype]).cumsum(2, dtype=torch.float64)
+
+
+def cumulative_decay_backward(dG: Tensor, dlog_decay: Tensor, log_decay: Tensor) -> Tensor:
+    """dlog_decay is what reaches the decays past G (`chunk_states_backward`)."""
+    dlog_decay = dG.flip(2).cumsum(2).flip(2).add_(dlog_decay)
+    return dlog_decay.masked_fill_(log_decay < DECAY_FLOOR[log_decay.dtype], 0.0)
+
+
+# ---- 2 chunk_scores -----------------------------------------------------------------------------------------------
+
+
+def chunk_scores(q: Tensor, k: Tensor, G: Tensor | None, scale: float, *, delta: bool) -> tuple[Tensor, Tensor | None]:
+    """A_qk, and A_kk if `delta`."""
+    if G is not None and G.dim() == 4:
+        scores = channel_scores([q, k] if delta else [q], k, G)
+        A_qk = scores[0].mul_(scale)
+        A_qk.diagonal(dim1=-2, dim2=-1).copy_(torch.linalg.vecdot(q, k).mul_(scale))
+        return A_qk, scores[1] if delta else None
+    decay = None if G is None else pairwise_decay(G, k.dtype)
+    A_qk = _decayed(q @ k.mT, decay).mul_(scale).tril_()
+    return A_qk, _decayed(k @ k.mT, decay).tril_(-1) if delta else None
+
+
+def chunk_scores_backward(
+    dA_qk: Tensor,
+    dA_kk: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    G: Tensor | None,
+    A_qk: Tensor,
+    A_kk: Tensor | None,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dG: Tensor | None,
+) -> None:
+    """Adds to dq, dk and dG. dA_qk is lower and dA_kk strictly lower triangular; both are overwritten."""
+    delta = dA_kk is not None
+    if G is not None and G.dim() == 4:
+        # The diagonal does not depend on G. Kept apart, it cannot drown what does in q*dq - k*dk.
+        diagonal = dA_qk.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * scale
+        dq.addcmul_(diagonal, k)
+        dk.addcmul_(diagonal, q)
+        rows = [q, k] if delta else [q]
+        dscores = [dA_qk.mul_(scale).tril_(-1)] + ([dA_kk] if delta else [])
+        drows, dcolumns = channel_scores_backward(dscores, rows, k, G)
+        for x, dx, total in zip(rows, drows, (dq, dk), strict=False):
+            total.add_(dx)
+            dG.addcmul_(x, dx)
+        dk.add_(dcolumns)
+        dG.addcmul_(k, dcolumns, value=-1)
+        return
+    if G is not None:
+        weight = dA_qk * A_qk
+        if delta:
+            weight.addcmul_(dA_kk, A_kk)
+        weight.tril_(-1)
+        dG.add_(weight.sum(-1)).sub_(weight.sum(-2))
+    decay = None if G is None else pairwise_decay(G, k.dtype)
+    dscores = _decayed(dA_qk, decay).mul_(scale).tril_()
+    _add_product(dq, dscores, k)
+    _add_product(dk, dscores.mT, q)
+    if delta:
+        dscores = _decayed(dA_kk, decay).tril_(-1)
+        _add_product(dk, dscores, k)
+        _add_product(dk, dscores.mT, k)
+
+
+def pairwise_decay(G: Tensor, dtype: torch.dtype) -> Tensor:
+    """e^{G_i - G_j} `[M, H, C, C]`; the entries above the diagonal may overflow and must be cut away with `tril_`."""
+    return exp_of(G[..., :, None] - G[..., None, :], dtype)
+
+
+# ---- 3 delta_transform --------------------------------------------------------------------------------------------
+
+
+def delta_transform(A_kk: Tensor, beta: Tensor) -> Tensor:
+    """T = (I + diag(beta) A_kk)^-1, block by block: the inverse of a lower triangle [[P, 0], [R, Q]] has -Q^-1 R P^-1
+    below its diagonal, so inverses of doubled size follow from two products, with the accuracy of substitution."""
+    below = beta.unsqueeze(-1) * A_kk
+    length = below.shape[-1]
+    T = torch.eye(length, dtype=below.dtype, device=below.device).expand_as(below).contiguous()
+    size = 1
+    while size < length:
+        block, inverse = diagonal_blocks(below, 2 * size), diagonal_blocks(T, 2 * size)
+        first, second = inverse[..., :size, :size], inverse[..., size:, size:]
+        inverse[..., size:, :size] = (second @ block[..., size:, :size] @ first).neg_()
+        size *= 2
+    return T
+
+
+def delta_apply(T: Tensor, k: Tensor, v: Tensor, G: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """u = T diag(beta) V, w = T diag(beta) (K e^G)."""
+    weighted = T * beta.unsqueeze(-2)
+    return weighted @ v, weighted @ decay_from_start(k, G)
+
+
+def delta_transform_backward(
+    du: Tensor,
+    dw: Tensor,
+    T: Tensor,
+    u: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor | None,
+    beta: Tensor,
+    A_kk: Tensor,
+    dk: Tensor,
+    dG: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dA_kk, dv, dbeta; adds to dk and dG. With Y = [u, w] the solution of (I + diag(beta) A_kk) Y = diag(beta) X."""
+    dright_v, dright_k = T.mT @ du, T.mT @ dw
+    dbelow = (dright_v @ u.mT).add_(dright_k @ w.mT).neg_().tril_(-1)
+    k_decayed = decay_from_start(k, G)
+    dbeta = torch.linalg.vecdot(dright_v, v)
+    dbeta.add_(torch.linalg.vecdot(dright_k, k_decayed)).add_(torch.linalg.vecdot(dbelow, A_kk))
+    beta = beta.unsqueeze(-1)
+    dk_part = decay_from_start(dright_k.mul_(beta), G)
+    dk.add_(dk_part)
+    if dG is not None:
+        dG.add_(_decay_gradient(k, dk_part, G))
+    return dbelow.mul_(beta), dright_v.mul_(beta), dbeta
+
+
+# ---- 4 chunk_states -----------------------------------------------------------------------------------------------
+
+
+def chunk_states(
+    k: Tensor, u: Tensor, w: Tensor | None, G: Tensor | None, initial_state: Tensor | None, chunks: Chunks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state entering each chunk `[M, H, K, V]`, v' and the final states. The only sequential pass."""
+    k_end, end = decay_to_end(k, G).mT, end_decay(G, k.dtype)
+    states = k.new_empty(chunks.count, k.shape[1], k.shape[3], u.shape[3])
+    v_new = u if w is None else torch.empty_like(u)
+    shape = (chunks.sequences, *states.shape[1:])
+    running = k.new_zeros(shape) if initial_state is None else chunks.sort_states(initial_state)
+    for rows, active in chunks.steps:
+        S = states[rows].copy_(running[:active])
+        if w is not None:
+            v_new[rows] = u[rows]
+            _add_product(v_new[rows], w[rows], S, alpha=-1)
+        S = running[:active]
+        if end is not None:
+            S.mul_(end[rows])
+        _add_product(S, k_end[rows], v_new[rows])
+    return states, v_new, chunks.unsort_states(running)
+
+
+def chunk_states_backward(
+    dv_new: Tensor,
+    dstates: Tensor,
+    dfinal_state: Tensor | None,
+    k: Tensor,
+    v_new: Tensor,
+    w: Tensor | None,
+    G: Tensor | None,
+    states: Tensor,
+    chunks: Chunks,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """dk, du, dw, the gradient of the initial states and dlog_decay. dv_new (becoming du) and dstates are overwritten.
+
+    dstates comes in as the gradient of the state entering each chunk from that chunk's outputs, and is turned into the
+    gradient of the state leaving it. What k_i leaves at the chunk's end passes the decays after i, so dlog_decay is a
+    sum over i < t; by way of dG, terms of size 1 would have to cancel to leave one of size e^-50.
+    """
+    k_end, end = decay_to_end(k, G), end_decay(G, k.dtype)
+    shape = (chunks.sequences, *states.shape[1:])
+    running = k.new_zeros(shape) if dfinal_state is None else chunks.sort_states(dfinal_state)
+    for rows, active in reversed(chunks.steps):
+        S = running[:active]
+        _add_product(dv_new[rows], k_end[rows], S)
+        entering = dstates[rows] if end is None else torch.addcmul(dstates[rows], end[rows], S)
+        if end is None:
+            entering = entering + S
+        if w is not None:
+            _add_product(entering, w[rows].mT, dv_new[rows], alpha=-1)
+        dstates[rows] = S
+        S.copy_(entering)
+    dk = decay_to_end(v_new @ dstates.mT, G)
+    dw = None if w is None else (dv_new @ states.mT).neg_()
+    dlog_decay = None
+    if G is not None:
+        through = torch.linalg.vecdot(states, dstates) * end.squeeze(-1)  # the state that passes the whole chunk
+        through = through if G.dim() == 4 else through.sum(-1)
+        dlog_decay = through.unsqueeze(2).expand_as(G).contiguous()
+        dlog_decay[:, :, 1:] += _decay_gradient(k, dk, G)[:, :, :-1].cumsum(2)
+    return dk, dv_new, dw, chunks.unsort_states(running), dlog_decay
+
+
+# ---- 5 chunk_output -----------------------------------------------------------------------------------------------
+
+
+def chunk_output(q: Tensor, v_new: Tensor, G: Tensor | None, A_qk: Tensor, states: Tensor, scale: float) -> Tensor:
+    o = A_qk @ v_new
+    _add_product(o, decay_from_start(q, G), states, alpha=scale)
+    return o
+
+
+def chunk_output_backward(
+    do: Tensor, q: Tensor, v_new: Tensor, G: Tensor | None, A_qk: Tensor, states: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """dA_qk (lower triangular), dv', the gradient of the state entering each chunk, and the beginnings of dq and dG."""
+    dA_qk = (do @ v_new.mT).tril_()
+    dq = decay_from_start(do @ states.mT, G).mul_(scale)
+    dstates = (decay_from_start(q, G).mT @ do).mul_(scale)
+    dG = None if G is None else _decay_gradient(q, dq, G)
+    return dA_qk, A_qk.mT @ do, dstates, dq, dG
+
+
+# ---- shared -------------------------------------------------------------------------------------------------------
+
+
+def decay_from_start(x: Tensor, G: Tensor | None) -> Tensor:
+    """x_i e^{G_i}: from the start of the chunk to i. Without decay, x itself."""
+    return x if G is None else x * exp_of(_per_channel(G), x.dtype)
+
+
+def decay_to_end(x: Tensor, G: Tensor | None) -> Tensor:
+    """x_i e^{G_C - G_i}: from i to the end of the chunk. Without decay, x itself."""
+    return x if G is None else x * exp_of(_per_channel(G[:, :, -1:] - G), x.dtype)
+
+
+def end_decay(G: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """e^{G_C}, `[M, H, 1 or K, 1]`, the decay of the state over a chunk."""
+    return None if G is None else exp_of(_per_channel(G)[:, :, -1], dtype).unsqueeze(-1)
+
+
+def _per_channel(G: Tensor) -> Tensor:
+    return G if G.dim() == 4 else G.unsqueeze(-1)
+
+
+def _decayed(scores: Tensor, decay: Tensor | None) -> Tensor:
+    """In place: `scores` is always a product made for this."""
+    return scores if decay is None else scores.mul_(decay)
+
+
+def _decay_gradient(x: Tensor, dx: Tensor, G: Tensor) -> Tensor:
+    """x dx, the gradient of an exponent from that of what it scales; summed where all channels share one."""
+    return x * dx if G.dim() == 4 else torch.linalg.vecdot(x, dx)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """out += alpha a @ b, over the leading dimensions [M, H], in place."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=alpha)
