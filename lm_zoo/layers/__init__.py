@@ -1,0 +1,14 @@
+"""The mixers. A new one is one file here and one line in `MIXERS`."""
+
+from lm_zoo.layers.attention import SoftmaxAttention
+from lm_zoo.layers.base import LayerState, Mixer
+from lm_zoo.layers.gla import GatedLinearAttention
+from lm_zoo.layers.retention import MultiScaleRetention
+
+MIXERS: dict[str, type[Mixer]] = {
+    "retnet": MultiScaleRetention,
+    "gla": GatedLinearAttention,
+    "attention": SoftmaxAttention,
+}
+
+__all__ = ["MIXERS", "GatedLinearAttention", "LayerState", "Mixer", "MultiScaleRetention", "SoftmaxAttention"]

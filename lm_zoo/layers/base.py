@@ -1,0 +1,148 @@
+"""What every mixer is: a module from [B, T, D] to [B, T, D], and the state that it carries from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lm_zoo.kernels import linear_attention, linear_attention_step
+
+
+class LayerState:
+    """What a layer remembers between calls: named tensors, the batch dimension first in every one of them.
+
+    A layer writes into the tensors in place, so they keep their addresses. The caller owns the state and may reorder
+    its rows, select some of them into a new state, or copy it. With gradients enabled, the written values carry their
+    graph: gradients flow back through earlier calls until `detach_()`.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors.items())
+        return f"{type(self).__name__}({shapes})"
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held, for all rows together."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def writable(self, name: str) -> Tensor:
+        """The tensor `name`, to be written in place."""
+        tensor = self.tensors[name]
+        if tensor.requires_grad and not torch.is_grad_enabled():
+            tensor.detach_()  # an untracked write would leave the graph of the value that it replaces
+        return tensor
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Copy `value` into the tensor `name`, at its address."""
+        self.writable(name).copy_(value)
+
+    def reset(self) -> None:
+        """Forget everything: as `init_state` made it."""
+        self.detach_()
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+    def reorder_(self, index: Tensor) -> None:
+        """Row n becomes what row `index[n]` was; `index` is `[B]`, so the batch size and the addresses stay."""
+        if index.shape != (self.batch_size,):
+            raise ValueError(f"index must be [B] = [{self.batch_size}], got {list(index.shape)}; use select()")
+        for name, tensor in self.tensors.items():
+            self.write(name, tensor.index_select(0, index))
+
+    def select(self, index: Tensor) -> LayerState:
+        """A new state whose row n is a copy of row `index[n]`; any number of rows."""
+        return type(self)({name: tensor.index_select(0, index) for name, tensor in self.tensors.items()})
+
+    def put(self, row: int, other: LayerState) -> None:
+        """Copy the one row of `other` into this row."""
+        for name in self.tensors:
+            self.writable(name)[row] = other[name][0]
+
+    def clone(self) -> LayerState:
+        return type(self)({name: tensor.clone() for name, tensor in self.tensors.items()})
+
+    def detach_(self) -> LayerState:
+        """Cut the graph: gradients no longer reach calls made before this."""
+        for tensor in self.tensors.values():
+            tensor.detach_()
+        return self
+
+
+class Mixer(nn.Module):
+    """Base of all layers that mix along time.
+
+        y = layer(x)                          training, [B, T, D] -> [B, T, D]
+        y = layer(x, cu_seqlens=cu)           N documents packed along time, B = 1
+        state = layer.init_state(batch_size)
+        y = layer(x_prompt, state=state)      any number of calls of any length; the state is updated in place
+        y = layer(x_token, state=state)       T = 1 without gradients takes the recurrent step
+
+    Any split of a sequence into calls gives the result of one call. With `state` and `cu_seqlens` together the state
+    has N rows and each document continues its own.
+    """
+
+    paper: ClassVar[str]
+    equation: ClassVar[str]
+    decay: ClassVar[str]
+    update: ClassVar[str]
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LayerState:
+        """The state before the first token. `device` and `dtype` of the activations default to the parameters'."""
+        raise NotImplementedError(f"{type(self).__name__} does not define init_state")
+
+    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def _placement(self, device, dtype) -> tuple[torch.device, torch.dtype]:
+        parameter = next(self.parameters())
+        return torch.device(device or parameter.device), dtype or parameter.dtype
+
+
+def recurrent_state(batch_size: int, heads: int, key_size: int, value_size: int, device, dtype) -> Tensor:
+    """A zero matrix-valued state `[B, HV, K, V]` in float32, or float64 for float64 activations."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    return torch.zeros(batch_size, heads, key_size, value_size, device=device, dtype=dtype)
+
+
+def recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    state: LayerState | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """`linear_attention` that continues from `state["S"]` and leaves the final state there."""
+    if state is None:
+        return linear_attention(q, k, v, log_decay, beta, cu_seqlens=cu_seqlens)[0]
+    if q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        decay = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, 0]
+        step = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], decay, None if beta is None else beta[:, 0], state["S"])
+        return step.unsqueeze(1)
+    # With gradients the op saves its initial state, which the write below would overwrite: hand it a copy.
+    initial = state["S"].clone() if torch.is_grad_enabled() else state["S"]
+    o, final = linear_attention(
+        q, k, v, log_decay, beta, initial_state=initial, output_final_state=True, cu_seqlens=cu_seqlens
+    )
+    state.write("S", final)
+    return o

@@ -1,0 +1,98 @@
+"""The keys and values that softmax attention keeps: all of them, or those of the last `window` tokens in a ring."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm_zoo.layers.base import LayerState
+from lm_zoo.modules.attention import attend, attend_window
+
+
+class GrowingKeyValues(LayerState):
+    """Every key and value, `[B, HKV, slots, K]`: token t of a row is in slot t.
+
+    When the slots run out there come a quarter more, so that copying stays linear in the length. `used` and `ragged`
+    are known on the host: no decoding step waits for the device.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__(tensors)
+        self._recount()
+
+    def _recount(self) -> None:
+        lengths = self["position"].tolist()
+        self.used = max(lengths)  # slots taken in the fullest row
+        self.ragged = len(set(lengths)) > 1  # whether rows differ in length
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Take in the keys and values of T new tokens and let their queries look at all so far."""
+        start, end = self.used, self.used + k.shape[2]
+        self._reserve(end)
+        keys, values, position = self.writable("keys"), self.writable("values"), self["position"]
+        if self.ragged:
+            steps = torch.arange(end, device=k.device)
+            slots = position[:, None] + steps[: k.shape[2]]  # [B, T]
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
+            values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
+            mask = (steps <= slots[..., None])[:, None]  # [B, 1, T, end]
+        else:
+            keys[:, :, start:end] = k
+            values[:, :, start:end] = v
+            mask = None
+        position += k.shape[2]
+        self.used = end
+        keys, values = keys[:, :, :end], values[:, :, :end]
+        if torch.is_grad_enabled():  # the backward pass needs them as they are now, and the next call writes into them
+            keys, values = keys.clone(), values.clone()
+        return attend(q, keys, values, mask)
+
+    def put(self, row: int, other: LayerState) -> None:
+        slots = other["keys"].shape[2]
+        self._reserve(slots)
+        for name in ("keys", "values"):
+            self.writable(name)[row, :, :slots] = other[name][0]
+        self["position"][row] = other["position"][0]
+        self._recount()
+
+    def reset(self) -> None:
+        super().reset()
+        self._recount()
+
+    def _reserve(self, slots: int) -> None:
+        have = self["keys"].shape[2]
+        if slots > have:
+            want = -(-max(slots, have + have // 4) // self.BLOCK) * self.BLOCK
+            for name in ("keys", "values"):  # zeros, since a masked slot must not hold NaN
+                self.tensors[name] = F.pad(self[name], (0, 0, 0, want - have))
+
+
+class WindowKeyValues(LayerState):
+    """The last `window` keys and values, `[B, HKV, window, K]`: token t of a row is in slot t mod window."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Take in the keys and values of T new tokens and let each query look at the last `window`, itself included."""
+        keys, values, position = self.writable("keys"), self.writable("values"), self["position"]
+        window, length = keys.shape[2], k.shape[2]
+        slots = torch.arange(window, device=k.device)
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        if length == 1 and not torch.is_grad_enabled():
+            self._store(keys, values, k, v, rows, (position % window)[:, None])
+            o = attend(q, keys, values, (slots <= position[:, None])[:, None, None])
+            position += 1
+            return o
+        oldest_first = (position[:, None] + slots) % window  # [B, window]
+        past = (keys[rows, :, oldest_first].transpose(1, 2), values[rows, :, oldest_first].transpose(1, 2), position)
+        o = attend_window(q, k, v, window, past)
+        kept = min(length, window)
+        slots = (position[:, None] + length - kept + slots[:kept]) % window
+        self._store(keys, values, k[:, :, length - kept :], v[:, :, length - kept :], rows, slots)
+        position += length
+        return o
+
+    @staticmethod
+    def _store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor, slots: Tensor) -> None:
+        keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)

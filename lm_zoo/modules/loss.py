@@ -1,0 +1,105 @@
+"""Cross entropy straight from hidden states, without ever holding the logits of all tokens."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lm_zoo.kernels.checks import check_option, check_same, check_shape, check_tensor
+
+CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MB in float32
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    r"""Cross entropy of the logits h W^T, computed over chunks of tokens.
+
+        loss_n = log sum_v exp(h_n . w_v) - h_n . w_{label_n}
+
+    Equals `F.cross_entropy(hidden @ weight.T, labels)`, but only the logits of one chunk are alive at a time. Where
+    gradients are needed, the same sweep computes them, in the shapes of hidden and weight: nothing is computed twice.
+    Softmax and sums are in float32 (float64 for float64 inputs); under autocast the products are in its dtype.
+
+    Args:
+        hidden: `[N, D]`.
+        weight: `[V, D]`.
+        labels: `[N]` int64; tokens labelled `ignore_index` do not count.
+        reduction: "mean" over the counted tokens (0 where there are none), "sum", or "none": `[N]`, 0 at ignored
+            tokens, without gradients.
+
+    Returns:
+        The loss in nats, float32 (or float64), a scalar or `[N]`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or "none" where gradients are needed.
+        IndexError or a device-side assertion: a label outside of [0, V).
+    """
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    check_tensor("labels", labels, (torch.int64,))
+    check_shape("hidden", hidden, "[N, D]", (-1, -1))
+    check_shape("weight", weight, "[V, D]", (-1, hidden.shape[1]))
+    check_shape("labels", labels, "[N]", (hidden.shape[0],))
+    check_same("weight", weight, "hidden", hidden, dtype=False)
+    check_same("labels", labels, "hidden", hidden, dtype=False)
+    check_option("reduction", reduction, ("mean", "sum", "none"))
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if reduction == "none" and needs_grad:
+        raise ValueError('reduction="none" gives no gradients: call it under torch.no_grad(), or use "sum" or "mean"')
+    if needs_grad:
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index)
+    else:
+        losses = _sweep(hidden, weight, labels, ignore_index)[0]
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses; its gradients are ready when the forward pass ends."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, ignore_index):
+        losses, grad_hidden, grad_weight = _sweep(hidden, weight, labels, ignore_index, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total):
+        grads = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None
+
+
+def _sweep(hidden, weight, labels, ignore_index, needs_grad=(False, False)):
+    """The loss of each token, and the gradients of their sum for hidden and weight where asked for."""
+    device = hidden.device.type
+    product_dtype = hidden.dtype
+    if torch.is_autocast_enabled(device):
+        product_dtype = torch.get_autocast_dtype(device)
+    sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.zeros(labels.shape, dtype=sum_dtype, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_grad[1] else None
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    with torch.autocast(device, enabled=False):
+        h, w = hidden.to(product_dtype), weight.to(product_dtype)
+        for start in range(0, len(labels), rows):
+            chunk = slice(start, start + rows)
+            logits = (h[chunk] @ w.T).to(sum_dtype)
+            counted = labels[chunk] != ignore_index
+            target = labels[chunk].where(counted, 0)[:, None]
+            log_total = logits.logsumexp(dim=-1, keepdim=True)
+            losses[chunk] = (log_total - logits.gather(1, target)).squeeze(1) * counted
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # The gradient for the logits, in their place: softmax minus one-hot, 0 at ignored tokens.
+            dlogits = logits.sub_(log_total).exp_()
+            dlogits.scatter_add_(1, target, torch.full_like(log_total, -1.0))
+            dlogits = dlogits.mul_(counted[:, None]).to(product_dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = dlogits @ w
+            if grad_weight is not None:
+                grad_weight += dlogits.T @ h[chunk]
+    return losses, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)

@@ -1,0 +1,49 @@
+"""Padded batches as packed documents: the tokens of all rows end to end, so that padding touches nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where the tokens of a padded batch are, and the borders of the rows once they are packed."""
+
+    index: Tensor  # [tokens], into the flattened [B * T]
+    cu_seqlens: Tensor  # [B + 1]
+    shape: tuple[int, int]  # B, T
+
+    @classmethod
+    def find(cls, attention_mask: Tensor, batch: int, length: int, past: int = 0) -> Padding | None:
+        """The padding that a mask of 0 and 1 describes, `None` where it has none.
+
+        The mask is `[B, T]`, or `[B, past + T]` with the columns of a cache before; only the last T matter.
+        """
+        if (
+            attention_mask.dim() != 2
+            or attention_mask.shape[0] != batch
+            or (attention_mask.shape[1] not in (length, past + length))
+        ):
+            raise ValueError(
+                f"attention_mask must be [B, T] = [{batch}, {length}]"
+                + (f" or [B, past + T] = [{batch}, {past + length}]" if past else "")
+                + f", got {list(attention_mask.shape)}"
+            )
+        mask = attention_mask[:, -length:].bool()
+        if mask.all():
+            return None
+        index = mask.flatten().nonzero().squeeze(1)
+        return cls(index, F.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)), (batch, length))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` to `[1, tokens, ...]`."""
+        return x.flatten(0, 1)[self.index][None]
+
+    def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
+        """`[1, tokens, ...]` to `[B, T, ...]`, with `fill` at the padding."""
+        batch, length = self.shape
+        full = x.new_full((batch * length, *x.shape[2:]), fill)
+        return full.index_copy(0, self.index, x[0]).unflatten(0, self.shape)

@@ -1,0 +1,50 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) at any position of any row.
+
+Nothing is kept in buffers: a table would have to grow with the longest text, and `model.bfloat16()` would round it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_positions(
+    length: int, start: Tensor | None = None, cu_seqlens: Tensor | None = None, *, device: torch.device
+) -> Tensor:
+    """The position of every token in its own text: `[B or 1, T]`, int64.
+
+    Args:
+        length: T.
+        start: tokens that each row has seen before, `[B]`, or `[N]` with `cu_seqlens`; zero if not given.
+        cu_seqlens: `[N + 1]` borders of the N documents packed along time; each counts on its own.
+    """
+    steps = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return steps[None] if start is None else start[:, None] + steps
+    document = torch.searchsorted(cu_seqlens, steps, right=True) - 1  # `right`: empty documents own no token
+    positions = steps - cu_seqlens[document]
+    return (positions if start is None else positions + start[document])[None]
+
+
+def advance(position: Tensor, length: int, cu_seqlens: Tensor | None) -> None:
+    """Count the tokens of a call into `position` `[B or N]`, in place."""
+    position += length if cu_seqlens is None else cu_seqlens.diff()
+
+
+def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0) -> Tensor:
+    r"""Rotate channel pairs (d, d + K/2) of x at position p by the angle p * base^(-2d / K).
+
+    The dot product of a rotated query and a rotated key depends on the distance of their positions only.
+
+    Args:
+        x: `[B, T, H, K]`, K even.
+        positions: `[B or 1, T]`.
+    """
+    key_size = x.shape[-1]
+    # In float64: a float32 angle at position 100,000 is off by 0.01 radians. (MPS has no float64.)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    exponents = torch.arange(0, key_size, 2, device=x.device, dtype=wide) / -key_size
+    angles = (positions[..., None] * base**exponents)[:, :, None]  # [B or 1, T, 1, K/2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    left, right = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
