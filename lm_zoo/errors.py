@@ -31,8 +31,8 @@ def one_line(error: BaseException) -> str:
 def is_user_error(error: BaseException) -> bool:
     """Whether `error` tells a person what to change, rather than us what to repair.
 
-    That holds for UserError, for what the operating system refuses (a missing file, a full disk), and for the ValueError
-    or TypeError that one of this package's own functions raised at its door. The same exceptions from deeper down, in
+    That holds for UserError, for what the operating system refuses (a missing file, a full disk), and for the
+    ValueError or TypeError that one of this package's own functions raised at its door. The same from deeper down, in
     somebody else's code, are bugs and keep their traceback.
     """
     if isinstance(error, UserError | OSError):

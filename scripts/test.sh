@@ -24,5 +24,5 @@ workers=$("$python" -c 'import os; print(min(os.cpu_count() or 1, 8))')
 failed=0
 "$python" -m ruff check --quiet . || failed=1
 "$python" -m ruff format --quiet --check . || failed=1
-"$python" -m pytest -n "$workers" -m "$selection" ${arguments[@]+"${arguments[@]}"} || failed=1
+"$python" -m pytest -n "$workers" --dist loadgroup -m "$selection" ${arguments[@]+"${arguments[@]}"} || failed=1
 exit "$failed"

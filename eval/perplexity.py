@@ -1,0 +1,132 @@
+"""Perplexity of a causal language model on a text, in strided windows.
+
+    perplexity = exp( -1/(n-1) sum_{t=1}^{n-1} log p(x_t | x_{s(t)} .. x_{t-1}) )
+    bits per byte = -sum_t log2 p(x_t | ...) / bytes of the text
+
+`n` tokens are read in windows of `context` tokens that start every `stride` tokens. A window counts the tokens that no
+earlier window counted, so every token after the first is counted exactly once, and after the first window each one has
+seen at least `context - stride` tokens. The definition is the same for models with a state and without; if the text
+fits into one window it is the plain perplexity of the whole text. The first token is context only, unless the tokenizer
+puts one of its own before the text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lm_zoo.errors import UserError
+from lm_zoo.model import IGNORE, ZooForCausalLM
+from lm_zoo.modules.loss import linear_cross_entropy
+
+DEFAULT_CONTEXT = 2048
+TOKENS_PER_CALL = 8192  # windows are batched up to this many tokens
+LOGIT_ROWS = 1024  # rows of logits that are upcast to float32 at a time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    perplexity: float
+    bits_per_byte: float
+    nats: float  # the summed negative log-likelihood
+    tokens: int  # tokens counted: all but the first
+    bytes: int  # of the text in UTF-8
+    context: int
+    stride: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+) -> Perplexity:
+    """Perplexity of `model` on `text`; see the module's docstring for the definition.
+
+    context: tokens per window, at least 2; default 2,048, or the model's max_position_embeddings if that is less.
+    stride: tokens from one window to the next, 1 to context - 1; default context // 2.
+    Raises ValueError for a text of fewer than two tokens and for impossible windows.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    if context < 2:
+        raise UserError(f"context must be at least 2 tokens (one to see, one to predict), got {context}")
+    if limit is not None and context > limit:
+        raise UserError(f"context {context} exceeds the model's {limit} positions; choose at most {limit}")
+    if stride is None:
+        stride = context // 2
+    if not 1 <= stride < context:
+        raise UserError(f"stride must be from 1 to context - 1 = {context - 1}, got {stride}")
+    # verbose=False: a text longer than the model's context is the point here, not a mistake to warn of
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(ids) < 2:
+        raise UserError(f"the text is {len(ids)} tokens long; perplexity needs at least 2")
+
+    nats = sum_nats(model, ids, context=context, stride=stride)
+    tokens, size = len(ids) - 1, len(text.encode())
+    return Perplexity(
+        perplexity=_exp(nats / tokens),
+        bits_per_byte=nats / math.log(2) / size,
+        nats=nats,
+        tokens=tokens,
+        bytes=size,
+        context=context,
+        stride=stride,
+    )
+
+
+@torch.inference_mode()
+def sum_nats(model: PreTrainedModel, ids: Tensor, *, context: int, stride: int) -> float:
+    """The negative log-likelihood in nats of `ids[1:]`, each token counted in the first window that holds it."""
+    total = 0.0
+    windows = [(0, 1)]  # (start, first position that counts)
+    while windows[-1][0] + context < len(ids):
+        start = windows[-1][0] + stride
+        windows.append((start, start - stride + context))
+    # Full windows share calls; the last one is usually shorter and goes alone.
+    is_zoo = isinstance(model, ZooForCausalLM)
+    batch = max(1, TOKENS_PER_CALL // context) if is_zoo else 1
+    full, last = windows[:-1], windows[-1:]
+    for group in [*(full[i : i + batch] for i in range(0, len(full), batch)), last]:
+        rows = torch.stack([ids[start : start + context] for start, _ in group])
+        labels = torch.stack([ids[start : start + context] for start, _ in group])
+        for row, (start, first) in zip(labels, group, strict=True):
+            row[: first - start] = IGNORE
+        nats = _zoo_nats if is_zoo else _logits_nats
+        total += nats(model, rows.to(model.device), labels.to(model.device))
+    return total
+
+
+def _zoo_nats(model: ZooForCausalLM, rows: Tensor, labels: Tensor) -> float:
+    """The zoo's own loss, which never builds the logits of a whole window."""
+    hidden = model.model(rows)[:, :-1].flatten(0, 1)
+    losses = linear_cross_entropy(hidden, model.lm_head.weight, labels[:, 1:].flatten(), reduction="none")
+    return losses.double().sum().item()
+
+
+def _logits_nats(model: PreTrainedModel, rows: Tensor, labels: Tensor) -> float:
+    """Any other model: its own logits, because some cap or scale them, upcast a slice at a time."""
+    logits = model(input_ids=rows, use_cache=False).logits
+    total = 0.0
+    for start in range(0, rows.shape[1] - 1, LOGIT_ROWS):
+        end = min(start + LOGIT_ROWS, rows.shape[1] - 1)
+        flat = logits[:, start:end].flatten(0, 1).float()
+        targets = labels[:, start + 1 : end + 1].flatten()
+        total += F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="sum").double().item()
+    return total
+
+
+def _exp(nats_per_token: float) -> float:
+    """exp, but the largest float instead of an overflow: a broken model still gets a number that JSON can hold."""
+    return math.exp(min(nats_per_token, 709.0))
