@@ -21,7 +21,10 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLO
 
 def check_shape(name: str, value: Tensor, layout: str, shape: tuple[int, ...]) -> None:
     """`layout` is how the docstring writes the shape, `shape` the sizes that it has here; -1 takes any size."""
-    fits = value.dim() == len(shape) and all(want in (-1, have) for have, want in zip(value.shape, shape, strict=True))
+    fits = value.dim() == len(shape)
+    if fits:
+        for want, have in zip(shape, value.shape, strict=True):
+            fits = fits and (want == -1 or want == have)  # no `in`: torch.compile's symbolic sizes only know ==
     if not fits:
         expected = ", ".join("any" if size == -1 else str(size) for size in shape)
         raise ValueError(f"{name} must be {layout} = [{expected}], got {list(value.shape)}")

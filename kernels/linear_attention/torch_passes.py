@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from lm_zoo.kernels.linear_attention.channel_scores import (
+    SAFE_SPAN,
     channel_scores,
     channel_scores_backward,
     diagonal_blocks,
     exp_of,
 )
-from lm_zoo.kernels.linear_attention.chunks import Chunks
 
 # e^-104 is 0 in float32 and e^-746 in float64: below the floor a decay forgets everything, as -inf does.
 DECAY_FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
@@ -53,9 +53,9 @@ def chunk_scores(q: Tensor, k: Tensor, G: Tensor | None, scale: float, *, delta:
         A_qk = scores[0].mul_(scale)
         A_qk.diagonal(dim1=-2, dim2=-1).copy_(torch.linalg.vecdot(q, k).mul_(scale))
         return A_qk, scores[1] if delta else None
-    decay = None if G is None else pairwise_decay(G, k.dtype)
-    A_qk = _decayed(q @ k.mT, decay).mul_(scale).tril_()
-    return A_qk, _decayed(k @ k.mT, decay).tril_(-1) if delta else None
+    decay = PairwiseDecay(G, k.dtype)
+    A_qk = decay.apply_(q @ k.mT).mul_(scale).tril_()
+    return A_qk, decay.apply_(k @ k.mT).tril_(-1) if delta else None
 
 
 def chunk_scores_backward(
@@ -93,19 +93,37 @@ def chunk_scores_backward(
             weight.addcmul_(dA_kk, A_kk)
         weight.tril_(-1)
         dG.add_(weight.sum(-1)).sub_(weight.sum(-2))
-    decay = None if G is None else pairwise_decay(G, k.dtype)
-    dscores = _decayed(dA_qk, decay).mul_(scale).tril_()
+    decay = PairwiseDecay(G, k.dtype)
+    dscores = decay.apply_(dA_qk).mul_(scale).tril_()
     _add_product(dq, dscores, k)
     _add_product(dk, dscores.mT, q)
     if delta:
-        dscores = _decayed(dA_kk, decay).tril_(-1)
+        dscores = decay.apply_(dA_kk).tril_(-1)
         _add_product(dk, dscores, k)
         _add_product(dk, dscores.mT, k)
 
 
-def pairwise_decay(G: Tensor, dtype: torch.dtype) -> Tensor:
-    """e^{G_i - G_j} `[M, H, C, C]`; the entries above the diagonal may overflow and must be cut away with `tril_`."""
-    return exp_of(G[..., :, None] - G[..., None, :], dtype)
+class PairwiseDecay:
+    """Multiplies scores by e^{G_i - G_j}, the same for all channels; what is above the diagonal is left undefined.
+
+    As e^{G_i - G_r} e^{G_r - G_j} with the middle row r where the decay across a chunk allows it (`channel_scores.py`),
+    which spares C^2 exponentials a chunk.
+    """
+
+    def __init__(self, G: Tensor | None, dtype: torch.dtype) -> None:
+        self.factors: list[Tensor] = []
+        if G is None:
+            return
+        if (G[..., 0] - G[..., -1]).max() <= SAFE_SPAN:
+            exponent = G - G[..., G.shape[-1] // 2, None]
+            self.factors = [exp_of(exponent, dtype).unsqueeze(-1), exp_of(-exponent, dtype).unsqueeze(-2)]
+        else:
+            self.factors = [exp_of(G[..., :, None] - G[..., None, :], dtype)]
+
+    def apply_(self, scores: Tensor) -> Tensor:
+        for factor in self.factors:
+            scores.mul_(factor)
+        return scores
 
 
 # ---- 3 delta_transform --------------------------------------------------------------------------------------------
@@ -130,6 +148,13 @@ def delta_apply(T: Tensor, k: Tensor, v: Tensor, G: Tensor | None, beta: Tensor)
     """u = T diag(beta) V, w = T diag(beta) (K e^G)."""
     weighted = T * beta.unsqueeze(-2)
     return weighted @ v, weighted @ decay_from_start(k, G)
+
+
+def delta_values(u: Tensor, w: Tensor, states: Tensor) -> Tensor:
+    """v' = u - w S, where the states are known already."""
+    v_new = u.clone()
+    _add_product(v_new, w, states, alpha=-1)
+    return v_new
 
 
 def delta_transform_backward(
@@ -164,65 +189,69 @@ def delta_transform_backward(
 
 
 def chunk_states(
-    k: Tensor, u: Tensor, w: Tensor | None, G: Tensor | None, initial_state: Tensor | None, chunks: Chunks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The state entering each chunk `[M, H, K, V]`, v' and the final states. The only sequential pass."""
+    k: Tensor, u: Tensor, w: Tensor | None, G: Tensor | None, state: Tensor, steps: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The state entering each chunk `[M, H, K, V]`, and v'. The only sequential pass.
+
+    state `[N, H, K, V]` is carried on in place; in each of the `steps`, the first so many of the N sequences run.
+    """
     k_end, end = decay_to_end(k, G).mT, end_decay(G, k.dtype)
-    states = k.new_empty(chunks.count, k.shape[1], k.shape[3], u.shape[3])
-    v_new = u if w is None else torch.empty_like(u)
-    shape = (chunks.sequences, *states.shape[1:])
-    running = k.new_zeros(shape) if initial_state is None else chunks.sort_states(initial_state)
-    for rows, active in chunks.steps:
-        S = states[rows].copy_(running[:active])
-        if w is not None:
-            v_new[rows] = u[rows]
-            _add_product(v_new[rows], w[rows], S, alpha=-1)
-        S = running[:active]
-        if end is not None:
-            S.mul_(end[rows])
-        _add_product(S, k_end[rows], v_new[rows])
-    return states, v_new, chunks.unsort_states(running)
+    states = k.new_empty(*k.shape[:2], k.shape[3], u.shape[3])
+    if w is None:  # what is written does not depend on the state: one product for all chunks
+        for S, S_in, end_i, write in _per_step(steps, state, states, end, k_end @ u):
+            S_in.copy_(S)
+            _carry(S, end_i, write)
+        return states, u
+    v_new = u.clone()
+    for S, S_in, end_i, k_i, w_i, v_i in _per_step(steps, state, states, end, k_end, w, v_new):
+        S_in.copy_(S)
+        _add_product(v_i, w_i, S, alpha=-1)
+        if end_i is not None:
+            S.mul_(end_i)
+        _add_product(S, k_i, v_i)
+    return states, v_new
 
 
 def chunk_states_backward(
     dv_new: Tensor,
     dstates: Tensor,
-    dfinal_state: Tensor | None,
+    dstate: Tensor,
     k: Tensor,
     v_new: Tensor,
     w: Tensor | None,
     G: Tensor | None,
     states: Tensor,
-    chunks: Chunks,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """dk, du, dw, the gradient of the initial states and dlog_decay. dv_new (becoming du) and dstates are overwritten.
+    steps: list[int],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dk, dw and dlog_decay; dv_new becomes du, and dstate, the gradient of the final states, that of the initial ones.
 
     dstates comes in as the gradient of the state entering each chunk from that chunk's outputs, and is turned into the
     gradient of the state leaving it. What k_i leaves at the chunk's end passes the decays after i, so dlog_decay is a
     sum over i < t; by way of dG, terms of size 1 would have to cancel to leave one of size e^-50.
     """
     k_end, end = decay_to_end(k, G), end_decay(G, k.dtype)
-    shape = (chunks.sequences, *states.shape[1:])
-    running = k.new_zeros(shape) if dfinal_state is None else chunks.sort_states(dfinal_state)
-    for rows, active in reversed(chunks.steps):
-        S = running[:active]
-        _add_product(dv_new[rows], k_end[rows], S)
-        entering = dstates[rows] if end is None else torch.addcmul(dstates[rows], end[rows], S)
-        if end is None:
-            entering = entering + S
-        if w is not None:
-            _add_product(entering, w[rows].mT, dv_new[rows], alpha=-1)
-        dstates[rows] = S
-        S.copy_(entering)
+    if w is None:
+        for dS, dS_in, end_i in reversed(_per_step(steps, dstate, dstates, end)):
+            leaving = dS.clone()
+            _carry(dS, end_i, dS_in)
+            dS_in.copy_(leaving)
+        _add_product(dv_new, k_end, dstates)
+    else:
+        for dS, dS_in, end_i, k_i, w_i, dv_i in reversed(_per_step(steps, dstate, dstates, end, k_end, w.mT, dv_new)):
+            _add_product(dv_i, k_i, dS)
+            leaving = dS.clone()
+            _carry(dS, end_i, dS_in)
+            _add_product(dS, w_i, dv_i, alpha=-1)
+            dS_in.copy_(leaving)
     dk = decay_to_end(v_new @ dstates.mT, G)
     dw = None if w is None else (dv_new @ states.mT).neg_()
-    dlog_decay = None
-    if G is not None:
-        through = torch.linalg.vecdot(states, dstates) * end.squeeze(-1)  # the state that passes the whole chunk
-        through = through if G.dim() == 4 else through.sum(-1)
-        dlog_decay = through.unsqueeze(2).expand_as(G).contiguous()
-        dlog_decay[:, :, 1:] += _decay_gradient(k, dk, G)[:, :, :-1].cumsum(2)
-    return dk, dv_new, dw, chunks.unsort_states(running), dlog_decay
+    if G is None:
+        return dk, dw, None
+    through = torch.linalg.vecdot(states, dstates) * end.squeeze(-1)  # the state that passes the whole chunk
+    through = through if G.dim() == 4 else through.sum(-1)
+    dlog_decay = through.unsqueeze(2).expand_as(G).contiguous()
+    dlog_decay[:, :, 1:] += _decay_gradient(k, dk, G)[:, :, :-1].cumsum(2)
+    return dk, dw, dlog_decay
 
 
 # ---- 5 chunk_output -----------------------------------------------------------------------------------------------
@@ -267,14 +296,24 @@ def _per_channel(G: Tensor) -> Tensor:
     return G if G.dim() == 4 else G.unsqueeze(-1)
 
 
-def _decayed(scores: Tensor, decay: Tensor | None) -> Tensor:
-    """In place: `scores` is always a product made for this."""
-    return scores if decay is None else scores.mul_(decay)
-
-
 def _decay_gradient(x: Tensor, dx: Tensor, G: Tensor) -> Tensor:
     """x dx, the gradient of an exponent from that of what it scales; summed where all channels share one."""
     return x * dx if G.dim() == 4 else torch.linalg.vecdot(x, dx)
+
+
+def _per_step(steps: list[int], state: Tensor, *chunked: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """For each step, the states of the sequences that run in it and their rows of every tensor of chunks, as views."""
+    running = [state[:active] for active in steps]
+    rows = ([None] * len(steps) if x is None else x.split(steps) for x in chunked)
+    return list(zip(running, *rows, strict=True))
+
+
+def _carry(S: Tensor, end: Tensor | None, write: Tensor) -> None:
+    """S <- Diag(e^{G_C}) S + write, in place."""
+    if end is None:
+        S.add_(write)
+    else:
+        torch.addcmul(write, end, S, out=S)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
