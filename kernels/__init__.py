@@ -1,5 +1,6 @@
 """The ops that every model of the zoo shares. They know nothing of models."""
 
+from lm_zoo.kernels.causal_conv import causal_conv1d
 from lm_zoo.kernels.linear_attention import linear_attention, linear_attention_step
 
-__all__ = ["linear_attention", "linear_attention_step"]
+__all__ = ["causal_conv1d", "linear_attention", "linear_attention_step"]
