@@ -44,6 +44,10 @@ class ZooCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 

@@ -216,8 +216,10 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             cache = self.init_cache(batch_size * copies)
-        elif copies > 1 and cache.batch_size == batch_size:
-            cache = cache.fork(copies)
+        else:
+            if copies > 1 and cache.batch_size == batch_size:
+                cache = cache.fork(copies)
+            cache._is_user_defined = True  # as transformers marks a cache that outlives generate()
         model_kwargs["past_key_values"] = cache
 
 

@@ -17,14 +17,10 @@ class GrowingKeyValues(LayerState):
 
     BLOCK = 64
 
-    def __init__(self, tensors: dict[str, Tensor]):
+    def __init__(self, tensors: dict[str, Tensor], used: int = 0, ragged: bool = False):
         super().__init__(tensors)
-        self._recount()
-
-    def _recount(self) -> None:
-        lengths = self["position"].tolist()
-        self.used = max(lengths)  # slots taken in the fullest row
-        self.ragged = len(set(lengths)) > 1  # whether rows differ in length
+        self.used = used  # slots taken in the fullest row
+        self.ragged = ragged  # whether rows differ in length
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Take in the keys and values of T new tokens and let their queries look at all so far."""
@@ -49,6 +45,11 @@ class GrowingKeyValues(LayerState):
             keys, values = keys.clone(), values.clone()
         return attend(q, keys, values, mask)
 
+    def select(self, index: Tensor) -> "GrowingKeyValues":
+        state = super().select(index)
+        state._recount()
+        return state
+
     def put(self, row: int, other: LayerState) -> None:
         slots = other["keys"].shape[2]
         self._reserve(slots)
@@ -57,9 +58,16 @@ class GrowingKeyValues(LayerState):
         self["position"][row] = other["position"][0]
         self._recount()
 
+    def clone(self) -> "GrowingKeyValues":
+        return type(self)(super().clone().tensors, self.used, self.ragged)
+
     def reset(self) -> None:
         super().reset()
-        self._recount()
+        self.used, self.ragged = 0, False
+
+    def _recount(self) -> None:
+        lengths = self["position"].tolist()
+        self.used, self.ragged = max(lengths), len(set(lengths)) > 1
 
     def _reserve(self, slots: int) -> None:
         have = self["keys"].shape[2]
