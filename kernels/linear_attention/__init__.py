@@ -6,6 +6,7 @@
 forward and backward, from the passes in `torch_passes.py`. `step.py` is one token at a time, for decoding.
 """
 
+import torch
 from torch import Tensor
 
 from lm_zoo.kernels.checks import check_cu_seqlens, check_option, check_same, check_shape, check_tensor
@@ -65,10 +66,11 @@ def linear_attention(
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:2], -1)
     arguments = (q, k, v, log_decay, beta, scale, initial_state, cu_seqlens)
-    if backend == "reference":
-        o, final_state = linear_attention_reference(*arguments)
-    else:
-        o, final_state = linear_attention_chunkwise(*arguments, backend="torch")
+    with torch.autocast(q.device.type, enabled=False):  # it would round states and scores to its dtype
+        if backend == "reference":
+            o, final_state = linear_attention_reference(*arguments)
+        else:
+            o, final_state = linear_attention_chunkwise(*arguments, backend="torch")
     return o.to(v.dtype), final_state if output_final_state else None
 
 

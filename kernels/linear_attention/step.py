@@ -40,6 +40,9 @@ def linear_attention_step(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
+    if torch.is_autocast_enabled(q.device.type):  # it would round what is read from the state to its dtype
+        with torch.autocast(q.device.type, enabled=False):
+            return linear_attention_step(q, k, v, log_decay, beta, state, scale=scale)
     check_tensor("state", state, (torch.float32, torch.float64))
     if q.dim() == 3:  # one token: give it its time dimension, take it away at the end
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
