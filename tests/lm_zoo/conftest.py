@@ -1,0 +1,79 @@
+"""Small layers and models that the tests of this folder share."""
+
+import pytest
+import torch
+
+from lm_zoo import MIXERS, ZooConfig, ZooForCausalLM
+
+HIDDEN = 32
+VOCAB = 61
+
+# Every mixer at its defaults, and the variants that take other paths. A new mixer is covered by being registered.
+LAYERS = {name: (name, {"num_heads": 4}) for name in MIXERS} | {
+    "attention-grouped": ("attention", {"num_heads": 4, "num_kv_heads": 2, "head_size": 6}),
+    "attention-window": ("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 6}),
+}
+PATTERNS = {name: {"mixers": {name: {"num_heads": 4}}, "pattern": [name]} for name in MIXERS} | {
+    "hybrid": {
+        "mixers": {
+            "gla": {"num_heads": 2},
+            "local": {"type": "attention", "num_heads": 4, "num_kv_heads": 2, "window": 5},
+            "attention": {"num_heads": 4},
+        },
+        "pattern": ["gla", "local", "attention"],
+    }
+}
+
+
+def make_layer(name: str, dtype: torch.dtype = torch.float64):
+    mixer, options = LAYERS[name]
+    torch.manual_seed(0)
+    return MIXERS[mixer](HIDDEN, **options).to(dtype)
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float64, **options) -> ZooForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 3, "initializer_range": 0.3}
+    model = ZooForCausalLM(ZooConfig(**sizes | PATTERNS[name] | options)).to(dtype).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture(params=list(LAYERS))
+def layer(request):
+    return make_layer(request.param)
+
+
+@pytest.fixture(params=list(PATTERNS))
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(name="make_layer")
+def make_layer_fixture():
+    return make_layer
+
+
+@pytest.fixture(name="make_model")
+def make_model_fixture():
+    return make_model
+
+
+@pytest.fixture
+def inputs():
+    """Activations `[B, T, D]` by a fixed seed."""
+
+    def draw(batch: int, length: int, seed: int = 1, dtype: torch.dtype = torch.float64):
+        return torch.randn(batch, length, HIDDEN, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+    return draw
+
+
+@pytest.fixture
+def tokens():
+    """Token ids `[B, T]` by a fixed seed, none of them 0."""
+
+    def draw(batch: int, length: int, seed: int = 1):
+        return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+    return draw
