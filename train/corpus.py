@@ -11,9 +11,7 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from lm_zoo.errors import UserError
+from lm_zoo.train.files import whole_folder
 from lm_zoo.train.sources import Source
 
 FORMAT = 1  # raise it when the columns below change: older caches are then made anew
@@ -60,23 +58,6 @@ def tokenise(
         else:
             _write_all(rows, encode, unfinished, source.rows_per_batch, num_proc)
     return folder
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` at the end, if nothing went wrong, and vanishes otherwise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was quicker: its folder has the same content
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class Corpus:

@@ -1,7 +1,7 @@
 """Which rows a batch takes: a pure function of (seed, step, rank).
 
-Every epoch is a fresh permutation of all rows, drawn from (seed, epoch). Batch number `step` of process `rank` is a slice
-of it, so the whole state of the data is one integer, and processes never share a row within an epoch.
+Every epoch is a fresh permutation of all rows, drawn from (seed, epoch). Batch number `step` of process `rank` is a
+slice of it, so the whole state of the data is one integer, and processes never share a row within an epoch.
 """
 
 from __future__ import annotations

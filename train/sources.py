@@ -140,7 +140,9 @@ def file_source(files: tuple[Path, ...], *, text_column: str, separator: str | N
     """The source for local files, by their extension: tables for .jsonl, .json and .parquet, text for all others."""
     kinds = {TABLES.get(file.suffix.lower()) for file in files}
     if len(kinds) > 1:
-        raise UserError(f"{_and_more(files)}: text, JSON lines and parquet cannot be mixed in one source; choose one kind")
+        raise UserError(
+            f"{_and_more(files)}: text, JSON lines and parquet cannot be mixed in one source; choose one kind"
+        )
     kind = kinds.pop()
     if kind is None:
         return TextFiles(files, separator)

@@ -1,7 +1,7 @@
 """Tokenizers: raw bytes, a byte-pair encoding trained on the data, or any Hugging Face one by name or folder.
 
-Every one of them is a `PreTrainedTokenizerFast`, so `save_pretrained` puts it beside the model and `AutoTokenizer` loads
-it without this package. Both of our own work on bytes, so any text comes back from `decode(encode(text))` unchanged.
+Every one of them is a `PreTrainedTokenizerFast`, so `save_pretrained` puts it beside the model and `AutoTokenizer`
+loads it without this package. Both of our own work on bytes, so any text comes back from `decode(encode(text))` unchanged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, progress: bool = False) 
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """`"bytes"`, or a Hugging Face tokenizer by hub name or folder. UserError if it cannot be loaded or cannot be used."""
+    """`"bytes"`, or a Hugging Face tokenizer by hub name or folder. UserError if it cannot be loaded or used."""
     if str(name) == "bytes":
         return byte_tokenizer()
     try:

@@ -1,0 +1,85 @@
+"""`lm-zoo train --config FILE [--any.option value]`: LightningCLI over the data module, the module and the Trainer."""
+
+from __future__ import annotations
+
+import importlib.resources
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lm_zoo.errors import UserError
+from lm_zoo.train.checkpoints import Checkpoints, Interrupted
+from lm_zoo.train.data import TextData
+from lm_zoo.train.module import ZooModule
+from lm_zoo.train.quiet import quiet_lightning
+from lm_zoo.train.run import TRAINER_DEFAULTS, run_training, trainer_parts
+
+
+def run(argv: list[str]) -> None:
+    """Trains as the arguments say. UserError for bad ones; exits with 130 or 143 after Ctrl-C or SIGTERM."""
+    with quiet_lightning():
+        cli = TrainCLI(args=find_configs(argv))
+        try:
+            run_training(cli.trainer, cli.model, cli.datamodule, cli.config.resume)
+        except Interrupted as interrupted:
+            print(
+                f"stopped at {interrupted.checkpoint.stem}; the same command with --resume last continues it",
+                file=sys.stderr,
+            )
+            sys.exit(128 + interrupted.signum)
+        print(f"the trained model is in {Path(cli.config.out) / 'model'}")
+
+
+class Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(" ".join(message.split())) from ex
+
+
+class TrainCLI(LightningCLI):
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            ZooModule,
+            TextData,
+            args=args,
+            run=False,
+            parser_class=Parser,
+            parser_kwargs={"prog": "lm-zoo train", "description": "Trains a language model as a YAML file says."},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", default="runs/default", help="The run's folder: all output goes there.")
+        parser.add_argument(
+            "--resume", type=str | None, default=None, help="Continue a run: `last` or the path of a checkpoint."
+        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        self.config = parser.parse_args(args)  # without the base class's warning that sys.argv exists
+
+    def instantiate_trainer(self, **options: Any) -> L.Trainer:
+        parts = trainer_parts(Path(self.config.out), vars(self.config_init.trainer), self.config_init.checkpoint)
+        return L.Trainer(**{**vars(self.config_init.trainer), **parts, **options})
+
+
+def find_configs(argv: list[str]) -> list[str]:
+    """The arguments, with names of the recipes that are installed with the package turned into their paths."""
+    argv, recipes = list(argv), importlib.resources.files("lm_zoo.configs") / "train"
+    for i, argument in enumerate(argv):
+        option, separator, name = argument.partition("=")
+        if option not in ("--config", "-c") or (not separator and i + 1 == len(argv)):
+            continue
+        name = name if separator else argv[i + 1]
+        recipe = recipes / f"{name}.yaml"
+        if not Path(name).is_file():
+            if not recipe.is_file():
+                known = ", ".join(sorted(file.name.removesuffix(".yaml") for file in recipes.iterdir()))
+                raise UserError(f"--config {name}: no such file; give a YAML file, or one of the recipes: {known}")
+            argv[i if separator else i + 1] = f"--config={recipe}" if separator else str(recipe)
+    return argv

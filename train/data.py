@@ -1,0 +1,254 @@
+"""The data module: text in, packed batches out. Its parts: sources -> corpus -> packing -> order."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lm_zoo.errors import UserError
+from lm_zoo.train.corpus import Corpus, tokenise
+from lm_zoo.train.files import whole_folder
+from lm_zoo.train.order import RowLoader, RowOrder
+from lm_zoo.train.packing import Rows, Selection, collate_documents, collate_rows, hold_out
+from lm_zoo.train.sources import Source, Table, file_source, find_files
+from lm_zoo.train.tokenizers import SMALLEST_BPE, load_tokenizer, train_bpe
+
+BPE_SAMPLE_BYTES = 2**28  # a tokenizer that is trained sees at most the first 256 MB of the training text
+
+
+class TextData(L.LightningDataModule):
+    """Text, tokenised once and packed into rows of `seq_len` tokens.
+
+    Args:
+        files: Text, JSON-lines or parquet files to train on: paths, globs, or @FILE with one path per line.
+        dataset: Instead of files: a `datasets` name or folder.
+        config: Configuration of `dataset`, for example sample-10BT.
+        split: Split of `dataset` to train on.
+        text_column: Column that holds the text, for JSON lines, parquet and `dataset`.
+        separator: What stands between documents of a text file. By default each text file is one document.
+        streaming: Read JSON lines, parquet or `dataset` as a stream, up to `max_tokens`, without a full download.
+        max_tokens: Train on at most so many tokens of the source.
+        val_files: Files to validate on. By default, `val_fraction` of the training text is held out.
+        val_split: Split of `dataset` to validate on.
+        val_fraction: Part of the training documents that is held out, chosen by a hash of the document (the end of the
+            text if there are fewer than 100 documents). 0 trains without validation.
+        tokenizer: bytes, bpe (trained on the training text), or a Hugging Face tokenizer by name or folder.
+        vocab_size: Size of the vocabulary that `bpe` learns.
+        seq_len: Tokens per row.
+        batch_size: Rows per batch and process.
+        respect_documents: Nothing is read across document borders, as when the model is used: every document starts
+            from an empty state. False feeds plain [batch_size, seq_len] rows, where a model sees the text before.
+        epochs: Passes over the data; 1 unless trainer.max_steps is given, which repeats the data as often as it takes.
+        seed: Seed of the order of rows.
+        cache_dir: Where tokenised text is kept. By default ~/.cache/lm_zoo.
+        num_proc: Processes that tokenise. By default one, whose tokenizer uses all cores.
+        num_workers: Processes that load batches. 0 suits memory-mapped rows; give a few for a fast GPU.
+    """
+
+    def __init__(
+        self,
+        files: str | list[str] | None = None,
+        dataset: str | None = None,
+        config: str | None = None,
+        split: str = "train",
+        text_column: str = "text",
+        separator: str | None = None,
+        streaming: bool = False,
+        max_tokens: int | None = None,
+        val_files: str | list[str] | None = None,
+        val_split: str | None = None,
+        val_fraction: float = 0.05,
+        tokenizer: str = "bytes",
+        vocab_size: int = 4096,
+        seq_len: int = 256,
+        batch_size: int = 16,
+        respect_documents: bool = True,
+        epochs: float | None = None,
+        seed: int = 0,
+        cache_dir: str | None = None,
+        num_proc: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_choices(files, dataset, val_files, val_split)
+        for name, value, low in [
+            ("max_tokens", max_tokens, 1), ("vocab_size", vocab_size, SMALLEST_BPE), ("seq_len", seq_len, 2),
+            ("batch_size", batch_size, 1), ("seed", seed, 0), ("num_proc", num_proc, 1),
+            ("num_workers", num_workers, 0),
+        ]:  # fmt: skip
+            if value is not None and value < low:
+                raise UserError(f"data.{name}={value} is not possible; give at least {low}")
+        if not 0 <= val_fraction < 1:
+            raise UserError(f"data.val_fraction={val_fraction} is not possible; give a fraction from 0 to below 1")
+        if epochs is not None and epochs <= 0:
+            raise UserError(f"data.epochs={epochs} is not possible; give a number above 0")
+        from_files = functools.partial(
+            file_source, text_column=text_column, separator=separator or None, streaming=streaming
+        )
+        from_name = functools.partial(Table, dataset, config=config, text_column=text_column, streaming=streaming)
+        self.source: Source = from_files(_files(files)) if files else from_name(split=split)
+        self.val_source: Source | None = None
+        if val_files:
+            self.val_source = from_files(_files(val_files))
+        elif val_split:
+            self.val_source = from_name(split=val_split)
+        self.max_tokens, self.val_fraction = max_tokens, 0.0 if self.val_source else val_fraction
+        self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
+        self.seq_len, self.batch_size, self.respect_documents = seq_len, batch_size, respect_documents
+        self.epochs, self.seed, self.num_proc, self.num_workers = epochs, seed, num_proc, num_workers
+        self.cache_dir = Path(cache_dir or Path.home() / ".cache" / "lm_zoo").expanduser().absolute()
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.train_rows: Rows | None = None
+        self.val_rows: Rows | None = None
+
+    @property
+    def val_tokens_per_byte(self) -> float:
+        """Tokens of the validation text, its end-of-text tokens included, per byte of UTF-8."""
+        return self.val_rows.selection.tokens_per_byte
+
+    def prepare_data(self) -> None:
+        """Tokenises, once per machine; the other processes wait and then find the cache."""
+        self.tokenizer = self._load_tokenizer()
+        self._tokenise(self.source)
+        if self.val_source is not None:
+            self._tokenise(self.val_source)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_rows is None:
+            self.tokenizer = self.tokenizer or self._load_tokenizer()
+            training, validation = hold_out(Corpus(self._tokenise(self.source)), self.val_fraction)
+            if self.val_source is not None:
+                validation = Selection.all_of(Corpus(self._tokenise(self.val_source)))
+            self.train_rows = Rows(training, self.seq_len, self.max_tokens)
+            self.val_rows = Rows(validation, self.seq_len)
+            self._check_rows()
+        if stage == "fit" and self.trainer is not None:
+            self._settle_length()
+
+    def train_dataloader(self) -> RowLoader:
+        order = RowOrder(len(self.train_rows), self.batch_size, seed=self.seed, **self._process)
+        # One more than will be used: a finished run can then be resumed with more steps.
+        num_batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches + 1
+        return RowLoader(self.train_rows, order, num_batches, **self._loader_options)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not len(self.val_rows):
+            return []
+        rank, world_size = self._process["rank"], self._process["world_size"]
+        mine = range(rank, len(self.val_rows) // world_size * world_size, world_size)  # as many in every process
+        return DataLoader(
+            self.val_rows, batch_sampler=BatchSampler(mine, self.batch_size, drop_last=False), **self._loader_options
+        )
+
+    def state_dict(self) -> dict[str, object]:
+        """What the order of the data depends on: a resumed run must agree."""
+        corpus = self.train_rows.selection
+        return {
+            "rows of text": len(self.train_rows),
+            "tokens of text": corpus.num_tokens,
+            "data.seq_len": self.seq_len,
+            "data.batch_size": self.batch_size,
+            "data.seed": self.seed,
+            "number of processes": self._process["world_size"],
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        for name, now in self.state_dict().items():
+            if state[name] != now:
+                raise UserError(
+                    f"the checkpoint was made with {name} = {state[name]}, now it is {now}, so the data would not "
+                    "continue where it stopped; use the same, or start a new run"
+                )
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer_name != "bpe":
+            return load_tokenizer(self.tokenizer_name)
+        identity = json.dumps([self.source.identity(), self.vocab_size, BPE_SAMPLE_BYTES])
+        folder = self.cache_dir / f"bpe-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+        if not folder.is_dir():
+            with whole_folder(folder) as unfinished:
+                train_bpe(_sample(self.source), self.vocab_size).save_pretrained(unfinished)
+        return AutoTokenizer.from_pretrained(folder)
+
+    def _tokenise(self, source: Source) -> Path:
+        return tokenise(source, self.tokenizer, self.cache_dir, max_tokens=self.max_tokens, num_proc=self.num_proc)
+
+    def _check_rows(self) -> None:
+        rows, needed = len(self.train_rows), self.batch_size * self._process["world_size"]
+        tokens = self.train_rows.selection.num_tokens
+        if rows < needed:
+            short = "one row" if rows == 0 else f"one batch of {needed} rows"
+            raise UserError(
+                f"the training text has {tokens:,} tokens, less than {short} of data.seq_len={self.seq_len}; "
+                "give more text, or lower data.seq_len or data.batch_size"
+            )
+        if (self.val_source or self.val_fraction) and not len(self.val_rows):
+            held_out = "" if self.val_source else f" held out by data.val_fraction={self.val_fraction}"
+            remedy = "give more text" if self.val_source else "raise it, give data.val_files"
+            raise UserError(
+                f"the validation text{held_out} has {self.val_rows.selection.num_tokens:,} tokens, less than one row "
+                f"of data.seq_len={self.seq_len}; {remedy}, or lower data.seq_len"
+            )
+
+    def _settle_length(self) -> None:
+        """The run is one long pass of trainer.max_steps steps over an endless order; `epochs` only counts the steps."""
+        trainer = self.trainer
+        if trainer.max_steps > 0 and self.epochs is not None:
+            raise UserError("data.epochs and trainer.max_steps both say how long to train; give one of them")
+        if trainer.max_steps <= 0:
+            rows_per_step = self.batch_size * self._process["world_size"] * trainer.accumulate_grad_batches
+            steps = int((self.epochs or 1) * len(self.train_rows) / rows_per_step)
+            if steps == 0:
+                raise UserError(
+                    f"{len(self.train_rows)} rows are less than one step of {rows_per_step}; "
+                    "give more text, raise data.epochs, or lower data.batch_size"
+                )
+            trainer.fit_loop.epoch_loop.max_steps = steps
+
+    @property
+    def _process(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    @property
+    def _loader_options(self) -> dict:
+        return {
+            "collate_fn": collate_documents if self.respect_documents else collate_rows,
+            "num_workers": self.num_workers,
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }
+
+
+def _check_choices(files, dataset, val_files, val_split) -> None:
+    if not files and not dataset:
+        raise UserError("no training text: give --data.files FILE, or --data.dataset NAME")
+    if files and dataset:
+        raise UserError("data.files and data.dataset are both given; give one of them")
+    if val_files and val_split:
+        raise UserError("data.val_files and data.val_split are both given; give one of them")
+    if val_split and not dataset:
+        raise UserError("data.val_split needs data.dataset; give data.val_files to validate on files")
+
+
+def _files(names: str | list[str]) -> tuple[Path, ...]:
+    return find_files([names] if isinstance(names, str) else names)
+
+
+def _sample(source: Source) -> Iterator[str]:
+    """The first texts of a source, BPE_SAMPLE_BYTES of them."""
+    left = BPE_SAMPLE_BYTES
+    for rows in source.rows().iter(source.rows_per_batch):
+        for piece in source.pieces(rows):
+            yield piece.text
+            left -= len(piece.text)
+            if left <= 0:
+                return

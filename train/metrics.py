@@ -1,0 +1,184 @@
+"""What is measured in a run: losses and speed, in `metrics.csv`, in TensorBoard and in `loss.png`."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lm_zoo.train.files import whole_file
+
+
+class Metrics(L.Callback):
+    """Logs every `trainer.log_every_n_steps` optimizer steps, and after each validation.
+
+    Sums stay on the device in between: a GPU is waited for only when something is logged. `latest` holds the newest
+    values as numbers.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self.validated_step: int | None = None
+        self._tokens = 0  # of the whole run, over all processes
+        self._sums: torch.Tensor | list[float] = [0.0, 0.0, 0.0]  # loss, targets and tokens since the last log
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self._tokens, "sums": [float(value) for value in self._sums]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._tokens, self._sums = state["tokens"], state["sums"]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._sums = torch.tensor(self._sums, dtype=torch.float32, device=module.device)
+        self._step = trainer.global_step
+        self._start_clock()
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.rewind(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs: dict, batch: dict, batch_idx: int) -> None:
+        loss = outputs["loss"] * trainer.accumulate_grad_batches  # Lightning has divided by it
+        count, tokens = batch["num_targets"], batch["input_ids"].numel()
+        self._sums += torch.stack([loss * count, loss.new_tensor(count), loss.new_tensor(tokens)]).float()
+        self._clocked_tokens += tokens
+        step = trainer.global_step
+        if step == self._step:
+            return  # in the middle of an accumulation
+        self._step = step
+        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
+            self._log_training(trainer, module)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._pause = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn == "fit":
+            self._clock += time.monotonic() - self._pause  # tokens/s is the speed of training alone
+        self.validated_step = trainer.global_step
+        names = ("val_loss", "val_bits_per_byte")
+        values = {name: trainer.callback_metrics[name].item() for name in names if name in trainer.callback_metrics}
+        self._log(trainer, values)
+
+    def _log_training(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        loss, targets, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        elapsed = time.monotonic() - self._clock
+        self._tokens += int(tokens)
+        self._log(
+            trainer,
+            {
+                "tokens": self._tokens,
+                "train_loss": loss / targets,
+                "learning_rate": module.step_metrics["learning_rate"],
+                "gradient_norm": float(module.step_metrics["gradient_norm"]),
+                "tokens_per_second": self._clocked_tokens * trainer.world_size / elapsed,
+            },
+        )
+        self._sums = torch.zeros_like(self._sums)
+        self._start_clock()
+
+    def _log(self, trainer: L.Trainer, values: dict[str, float]) -> None:
+        self.latest.update(values)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _start_clock(self) -> None:
+        self._clock, self._clocked_tokens = time.monotonic(), 0
+
+
+class MetricsFile(Logger):
+    """`metrics.csv`: a line per log. A resumed run continues it from the step that it resumes at."""
+
+    COLUMNS = (
+        "step", "tokens", "train_loss", "val_loss", "val_bits_per_byte", "learning_rate", "gradient_norm",
+        "tokens_per_second",
+    )  # fmt: skip
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+
+    name = "metrics"
+    version = ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        line = {"step": step, **{name: value for name, value in metrics.items() if name in self.COLUMNS}}
+        if len(line) > 1:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not self.path.exists()
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.COLUMNS)
+                if is_new:
+                    writer.writeheader()
+                writer.writerow(line)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Options are in config.yaml."""
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`: the run will come by there again."""
+        if not self.path.exists():
+            return
+        lines = [line for line in read_metrics(self.path) if int(line["step"]) <= step]
+        with whole_file(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(lines)
+
+
+class LossPlot(L.Callback):
+    """Draws `loss.png` from `metrics.csv` after each validation and at the end of training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            plot_losses({"": self.folder / "metrics.csv"}, self.folder / "loss.png")
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        plot_losses({"": self.folder / "metrics.csv"}, self.folder / "loss.png")
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
+    """Training and validation loss over tokens, for one or several runs: name -> its metrics.csv."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats per token)")
+    for index, (name, path) in enumerate(runs.items()):
+        lines, color = read_metrics(path) if path.exists() else [], f"C{index}"
+        tokens = 0.0
+        curves: dict[str, list[tuple[float, float]]] = {"train_loss": [], "val_loss": []}
+        for line in lines:
+            tokens = float(line["tokens"] or tokens)
+            for column, points in curves.items():
+                if line[column]:
+                    points.append((tokens, float(line[column])))
+        styles = {"train_loss": {"alpha": 0.5, "linewidth": 1}, "val_loss": {"marker": "o", "markersize": 4}}
+        for column, points in curves.items():
+            if points:
+                label = f"{name} {'training' if column == 'train_loss' else 'validation'}".strip()
+                axes.plot(*zip(*points, strict=True), color=color, label=label, **styles[column])
+    if axes.lines:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    with whole_file(picture) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150)

@@ -1,0 +1,108 @@
+"""A training run, from Python or from the command line.
+
+    from lm_zoo.train import TextData, ZooModule, fit
+
+    fit(ZooModule("gla-tiny"), TextData("my.txt"), "runs/gla", max_steps=1000)
+
+The run's folder then holds `model/` (a Hugging Face folder with its tokenizer), `metrics.csv`, `loss.png`,
+`tensorboard/` and `checkpoints/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
+
+from lm_zoo.errors import UserError
+from lm_zoo.train.checkpoints import Checkpoints, WholeFileIO, checkpoint_to_resume
+from lm_zoo.train.data import TextData
+from lm_zoo.train.files import whole_folder
+from lm_zoo.train.metrics import LossPlot, Metrics, MetricsFile
+from lm_zoo.train.module import ZooModule
+from lm_zoo.train.progress import StepProgress
+from lm_zoo.train.quiet import quiet_lightning
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,  # the data counts its own epochs: see TextData.epochs
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "val_check_interval": 200,
+    "check_val_every_n_epoch": None,  # the interval counts batches over the whole run
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # the order of rows already knows its process
+    "enable_model_summary": False,
+}
+
+
+def fit(
+    module: ZooModule,
+    data: TextData,
+    out: str | Path,
+    *,
+    checkpoints: Checkpoints | None = None,
+    resume: str | Path | None = None,
+    **trainer_options: Any,
+) -> L.Trainer:
+    """Trains `module` on `data` and leaves everything in the folder `out`. Takes all options of `lightning.Trainer`.
+
+    `resume` continues a run exactly where it stopped: a checkpoint, or "last" for the newest in `out`. UserError (a
+    ValueError) for bad input; Interrupted after Ctrl-C or SIGTERM, when a checkpoint has been saved.
+    """
+    with quiet_lightning():
+        options = {**TRAINER_DEFAULTS, **trainer_options}
+        parts = trainer_parts(Path(out), options, checkpoints or Checkpoints())
+        return run_training(L.Trainer(**{**options, **parts}), module, data, resume)
+
+
+def trainer_parts(out: Path, options: dict[str, Any], checkpoints: Checkpoints | None = None) -> dict[str, Any]:
+    """What this package adds to a Trainer's options."""
+    metrics = Metrics()
+    callbacks = [*_as_list(options.get("callbacks")), metrics, LossPlot(out), *_as_list(checkpoints)]
+    if options.get("enable_progress_bar") is not False:
+        callbacks.append(StepProgress(metrics))
+    loggers = _as_list(options.get("logger"))
+    return {
+        "default_root_dir": str(out),
+        "callbacks": callbacks,
+        "logger": [*loggers, MetricsFile(out), TensorBoardLogger(out, name="", version="tensorboard")],
+        "plugins": [*_as_list(options.get("plugins")), WholeFileIO()],
+    }
+
+
+def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: str | Path | None) -> L.Trainer:
+    """Fits, validates at the end, and exports the model."""
+    out = Path(trainer.default_root_dir)
+    checkpoint = checkpoint_to_resume(resume, out) if resume else None
+    if checkpoint is None and any((out / "checkpoints").glob("*.ckpt")):
+        raise UserError(f"{out} already holds a run; continue it with --resume last, or choose another --out")
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and interval % trainer.accumulate_grad_batches:
+        raise UserError(
+            f"trainer.val_check_interval={interval} counts batches, and has to be a multiple of "
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
+        )
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))
+    if len(data.val_rows) and metrics.validated_step != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        export(module, out / "model")
+    return trainer
+
+
+def export(module: ZooModule, folder: Path) -> None:
+    """The model and its tokenizer as a Hugging Face folder."""
+    disable_progress_bar()  # of transformers: it would draw one for writing a single file
+    with whole_folder(folder) as unfinished:
+        module.model.save_pretrained(unfinished)
+        module.tokenizer.save_pretrained(unfinished)
+
+
+def _as_list(value: Any) -> list:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
