@@ -101,5 +101,13 @@ def _sweep(hidden, weight, labels, ignore_index, needs_grad=(False, False)):
             if grad_hidden is not None:
                 grad_hidden[chunk] = dlogits @ w
             if grad_weight is not None:
-                grad_weight += dlogits.T @ h[chunk]
+                _add_product(grad_weight, dlogits.T, h[chunk])
     return losses, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in the dtype of total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
