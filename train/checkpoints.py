@@ -59,7 +59,8 @@ class Checkpoints(Checkpoint):
         self._step = trainer.global_step
         stop = trainer.strategy.reduce_boolean_decision(self._signum is not None, all=False)
         validates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-        if stop or validates or self._step % self.every_n_steps == 0 or self._step == trainer.max_steps:
+        ends = trainer.should_stop or self._step == trainer.max_steps
+        if stop or validates or ends or self._step % self.every_n_steps == 0:
             self.save(trainer)
         if stop:
             raise Interrupted(self._signum or signal.SIGTERM, self.path(trainer))
@@ -117,19 +118,20 @@ class WholeFileIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # unpickling garbage raises anything
-            raise UserError(
-                f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); resume from another"
-            ) from error
-        if not isinstance(checkpoint, dict) or "loops" not in checkpoint:
-            raise UserError(
-                f"{path} is no checkpoint of a training run; give one of the files in its checkpoints folder"
-            )
-        return checkpoint
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """A checkpoint on the CPU; `lazily` maps the tensors without reading them."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+    except OSError:
+        raise
+    except Exception as error:  # unpickling garbage can raise anything
+        raise UserError(f"{path} is damaged, or no checkpoint ({type(error).__name__}); resume from another") from error
+    if not isinstance(checkpoint, dict) or not {"loops", "state_dict", "zoo_config"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of a training run; give a file of a run's checkpoints folder")
+    return checkpoint
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lm_zoo.errors import UserError
+from lm_zoo.errors import UserError, one_line
 from lm_zoo.train.checkpoints import Checkpoints, Interrupted
 from lm_zoo.train.data import TextData
+from lm_zoo.train.files import whole_file
 from lm_zoo.train.module import ZooModule
 from lm_zoo.train.quiet import quiet_lightning
 from lm_zoo.train.run import TRAINER_DEFAULTS, run_training, trainer_parts
@@ -21,7 +25,10 @@ from lm_zoo.train.run import TRAINER_DEFAULTS, run_training, trainer_parts
 def run(argv: list[str]) -> None:
     """Trains as the arguments say. UserError for bad ones; exits with 130 or 143 after Ctrl-C or SIGTERM."""
     with quiet_lightning():
-        cli = TrainCLI(args=find_configs(argv))
+        try:
+            cli = TrainCLI(args=find_configs(argv))
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(one_line(error)) from error
         try:
             run_training(cli.trainer, cli.model, cli.datamodule, cli.config.resume)
         except Interrupted as interrupted:
@@ -30,7 +37,12 @@ def run(argv: list[str]) -> None:
                 file=sys.stderr,
             )
             sys.exit(128 + interrupted.signum)
-        print(f"the trained model is in {Path(cli.config.out) / 'model'}")
+        except MisconfigurationException as error:
+            raise UserError(one_line(error)) from error
+        except SystemExit as left:  # how Lightning answers to a Ctrl-C that no checkpoint waits for
+            raise KeyboardInterrupt from left
+        if cli.trainer.is_global_zero:
+            print(f"the trained model is in {Path(cli.config.out) / 'model'}")
 
 
 class Parser(LightningArgumentParser):
@@ -46,7 +58,11 @@ class TrainCLI(LightningCLI):
             args=args,
             run=False,
             parser_class=Parser,
-            parser_kwargs={"prog": "lm-zoo train", "description": "Trains a language model as a YAML file says."},
+            parser_kwargs={
+                "prog": "lm-zoo train",
+                "usage": "lm-zoo train --config FILE [--any.option value]",
+                "description": "Trains a language model as a YAML file says; options go over the file.",
+            },
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             save_config_callback=None,
@@ -65,7 +81,21 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
         parts = trainer_parts(Path(self.config.out), vars(self.config_init.trainer), self.config_init.checkpoint)
+        parts["callbacks"].append(SaveConfig(self.parser, self.config, Path(self.config.out)))
         return L.Trainer(**{**vars(self.config_init.trainer), **parts, **options})
+
+
+class SaveConfig(L.Callback):
+    """Writes `config.yaml` when training starts: `--config` with it gives the same run."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, out: Path) -> None:
+        self._text = parser.dump(Namespace(config, resume=None), skip_none=False)
+        self._path = out / "config.yaml"
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        with whole_file(self._path) as unfinished:
+            unfinished.write_text(self._text, encoding="utf-8")
 
 
 def find_configs(argv: list[str]) -> list[str]:

@@ -129,8 +129,22 @@ class TextData(L.LightningDataModule):
             self.train_rows = Rows(training, self.seq_len, self.max_tokens)
             self.val_rows = Rows(validation, self.seq_len)
             self._check_rows()
-        if stage == "fit" and self.trainer is not None:
-            self._settle_length()
+
+    def count_steps(self) -> int:
+        """Optimizer steps of the run, which is one long pass over an endless order: max_steps, or so many epochs."""
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            if self.epochs is not None:
+                raise UserError("data.epochs and trainer.max_steps both say how long to train; give one of them")
+            return trainer.max_steps
+        rows_per_step = self.batch_size * self._process["world_size"] * trainer.accumulate_grad_batches
+        steps = int((self.epochs or 1) * len(self.train_rows) / rows_per_step)
+        if steps == 0:
+            raise UserError(
+                f"the {len(self.train_rows)} rows of the training text are less than one step of {rows_per_step} rows; "
+                "give more text, raise data.epochs, or lower data.batch_size"
+            )
+        return steps
 
     def train_dataloader(self) -> RowLoader:
         order = RowOrder(len(self.train_rows), self.batch_size, seed=self.seed, **self._process)
@@ -184,6 +198,8 @@ class TextData(L.LightningDataModule):
     def _check_rows(self) -> None:
         rows, needed = len(self.train_rows), self.batch_size * self._process["world_size"]
         tokens = self.train_rows.selection.num_tokens
+        if tokens == 0:
+            raise UserError("the training text is too short to hold some of it out; set data.val_fraction to 0")
         if rows < needed:
             short = "one row" if rows == 0 else f"one batch of {needed} rows"
             raise UserError(
@@ -197,21 +213,6 @@ class TextData(L.LightningDataModule):
                 f"the validation text{held_out} has {self.val_rows.selection.num_tokens:,} tokens, less than one row "
                 f"of data.seq_len={self.seq_len}; {remedy}, or lower data.seq_len"
             )
-
-    def _settle_length(self) -> None:
-        """The run is one long pass of trainer.max_steps steps over an endless order; `epochs` only counts the steps."""
-        trainer = self.trainer
-        if trainer.max_steps > 0 and self.epochs is not None:
-            raise UserError("data.epochs and trainer.max_steps both say how long to train; give one of them")
-        if trainer.max_steps <= 0:
-            rows_per_step = self.batch_size * self._process["world_size"] * trainer.accumulate_grad_batches
-            steps = int((self.epochs or 1) * len(self.train_rows) / rows_per_step)
-            if steps == 0:
-                raise UserError(
-                    f"{len(self.train_rows)} rows are less than one step of {rows_per_step}; "
-                    "give more text, raise data.epochs, or lower data.batch_size"
-                )
-            trainer.fit_loop.epoch_loop.max_steps = steps
 
     @property
     def _process(self) -> dict[str, int]:

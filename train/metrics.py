@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lm_zoo.errors import UserError
 from lm_zoo.train.files import whole_file
 
 
@@ -25,7 +27,6 @@ class Metrics(L.Callback):
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
-        self.validated_step: int | None = None
         self._tokens = 0  # of the whole run, over all processes
         self._sums: torch.Tensor | list[float] = [0.0, 0.0, 0.0]  # loss, targets and tokens since the last log
 
@@ -63,13 +64,17 @@ class Metrics(L.Callback):
             return
         if trainer.state.fn == "fit":
             self._clock += time.monotonic() - self._pause  # tokens/s is the speed of training alone
-        self.validated_step = trainer.global_step
         names = ("val_loss", "val_bits_per_byte")
         values = {name: trainer.callback_metrics[name].item() for name in names if name in trainer.callback_metrics}
         self._log(trainer, values)
 
     def _log_training(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         loss, targets, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss / targets} at step {trainer.global_step}: lower model.learning_rate or raise "
+                "model.warmup, then start anew, or resume from an earlier checkpoint"
+            )
         elapsed = time.monotonic() - self._clock
         self._tokens += int(tokens)
         self._log(
@@ -124,6 +129,10 @@ class MetricsFile(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Options are in config.yaml."""
 
+    def has_validation(self, step: int) -> bool:
+        lines = read_metrics(self.path) if self.path.exists() else []
+        return any(int(line["step"]) == step and line["val_loss"] for line in lines)
+
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`: the run will come by there again."""
@@ -161,7 +170,7 @@ def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
     """Training and validation loss over tokens, for one or several runs: name -> its metrics.csv."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5))
     axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats per token)")
     for index, (name, path) in enumerate(runs.items()):
         lines, color = read_metrics(path) if path.exists() else [], f"C{index}"

@@ -10,15 +10,23 @@ The run's folder then holds `model/` (a Hugging Face folder with its tokenizer),
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from lm_zoo.errors import UserError
-from lm_zoo.train.checkpoints import Checkpoints, WholeFileIO, checkpoint_to_resume
+from lm_zoo.train.checkpoints import (
+    Checkpoints,
+    WholeFileIO,
+    checkpoint_to_resume,
+    find_checkpoints,
+    read_checkpoint,
+)
 from lm_zoo.train.data import TextData
 from lm_zoo.train.files import whole_folder
 from lm_zoo.train.metrics import LossPlot, Metrics, MetricsFile
@@ -74,24 +82,47 @@ def trainer_parts(out: Path, options: dict[str, Any], checkpoints: Checkpoints |
 
 
 def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: str | Path | None) -> L.Trainer:
-    """Fits, validates at the end, and exports the model."""
+    """Fits, validates at the end, and exports the model. What can be checked is checked before anything is written."""
     out = Path(trainer.default_root_dir)
     checkpoint = checkpoint_to_resume(resume, out) if resume else None
-    if checkpoint is None and any((out / "checkpoints").glob("*.ckpt")):
-        raise UserError(f"{out} already holds a run; continue it with --resume last, or choose another --out")
-    interval = trainer.val_check_interval
-    if isinstance(interval, int) and interval % trainer.accumulate_grad_batches:
-        raise UserError(
-            f"trainer.val_check_interval={interval} counts batches, and has to be a multiple of "
-            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
-        )
+    check_run(trainer, out, checkpoint)
+    data.trainer = trainer
+    if trainer.is_global_zero:
+        data.prepare_data()
+    data.setup()
+    module.zoo_config(data.tokenizer)
+    trainer.fit_loop.epoch_loop.max_steps = data.count_steps()
+    describe(trainer, data)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))
-    if len(data.val_rows) and metrics.validated_step != trainer.global_step:
+    if len(data.val_rows) and not MetricsFile(out).has_validation(trainer.global_step):
         trainer.validate(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         export(module, out / "model")
     return trainer
+
+
+def check_run(trainer: L.Trainer, out: Path, checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        read_checkpoint(checkpoint, lazily=True)
+    elif find_checkpoints(out / "checkpoints"):
+        raise UserError(f"{out} already holds a run; continue it with --resume last, or choose another --out")
+    interval, accumulated = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval % accumulated:
+        raise UserError(
+            f"trainer.val_check_interval={interval} counts batches, and has to be a multiple of "
+            f"trainer.accumulate_grad_batches={accumulated}"
+        )
+
+
+@rank_zero_only
+def describe(trainer: L.Trainer, data: TextData) -> None:
+    tokens_per_step = data.batch_size * data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
+    training, validation = (rows.selection.num_tokens for rows in (data.train_rows, data.val_rows))
+    print(
+        f"{training:,} tokens to train on, {validation:,} to validate on; "
+        f"{trainer.max_steps:,} steps of {tokens_per_step:,} tokens",
+        file=sys.stderr,
+    )
 
 
 def export(module: ZooModule, folder: Path) -> None:

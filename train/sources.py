@@ -1,7 +1,7 @@
 """Where text comes from: text files, or tables with a text column (JSON lines, parquet, any `datasets` name).
 
 A source is read as *pieces* of documents. A table row is a document of one piece; a text file is cut, at line borders,
-into pieces of about 16 kB, so that a file of any size is tokenised in little memory and by several processes.
+into pieces of about 4 kB, so that a file of any size is tokenised in little memory and by several processes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import datasets
 
 from lm_zoo.errors import UserError
 
-PIECE_BYTES = 2**14
+PIECE_BYTES = 2**12
 TABLES = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
-LINE_BORDER = re.compile(rb"\n(?=\S)")  # between such characters, no usual tokenizer would have joined the two sides
+# Where a document is cut into pieces: at a line or a word, where the usual tokenizers join nothing anyway.
+BORDERS = (re.compile(rb"(?<=\n)(?=\S)"), re.compile(rb"(?<=\S)(?= \S)"))
 
 
 @dataclass(frozen=True)
@@ -196,13 +197,14 @@ def _documents(text: mmap.mmap, separator: str | None) -> Iterator[tuple[int, in
 
 
 def _piece_end(text: mmap.mmap, start: int, last: int) -> int:
-    """The first line border after PIECE_BYTES; in a line that never ends, a border between two characters."""
+    """The first line border after PIECE_BYTES, else the first word border, else a border between two characters."""
     if last - start <= PIECE_BYTES:
         return last
-    border = LINE_BORDER.search(text, start + PIECE_BYTES, min(start + 4 * PIECE_BYTES, last))
-    if border is not None:
-        return border.end()
     end = min(start + 4 * PIECE_BYTES, last)
+    for border in BORDERS:
+        found = border.search(text, start + PIECE_BYTES, end)
+        if found is not None:
+            return found.end()
     while end < last and text[end] & 0b1100_0000 == 0b1000_0000:  # a UTF-8 continuation byte
         end += 1
     return end

@@ -1,7 +1,8 @@
 """Tokenizers: raw bytes, a byte-pair encoding trained on the data, or any Hugging Face one by name or folder.
 
 Every one of them is a `PreTrainedTokenizerFast`, so `save_pretrained` puts it beside the model and `AutoTokenizer`
-loads it without this package. Both of our own work on bytes, so any text comes back from `decode(encode(text))` unchanged.
+loads it without this package. Both of our own work on bytes, so any text comes back
+from `decode(encode(text))` unchanged.
 """
 
 from __future__ import annotations

@@ -1,0 +1,51 @@
+"""A run that was stopped and resumed is the uninterrupted run, bit for bit."""
+
+import lightning as L
+import pytest
+import torch
+
+from lm_zoo.train import Checkpoints
+from lm_zoo.train.checkpoints import find_checkpoints
+from lm_zoo.train.metrics import read_metrics
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashAt(L.Callback):
+    """Ends the run after `batches` batches, as a power cut would."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if batch_idx + 1 == self.batches:
+            raise Crash
+
+
+def curve(out) -> list[dict]:
+    """All that was logged, but for the speed."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(out / "metrics.csv")]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "crash_at"),
+    [(1, 7), (1, 8), (3, 10), (3, 11), (3, 12), (4, 25)],
+    ids=lambda value: str(value),
+)
+def test_a_crash_and_a_resume_change_nothing(start_run, tmp_path, accumulate, crash_at) -> None:
+    options = {
+        "max_steps": 9, "accumulate_grad_batches": accumulate, "val_check_interval": 2 * accumulate,
+    }  # fmt: skip
+    data = {"val_fraction": 0.1}
+    _, whole = start_run("whole", data=data, **options)
+    with pytest.raises(Crash):
+        start_run(
+            "parts", data=data, checkpoints=Checkpoints(every_n_steps=2), callbacks=[CrashAt(crash_at)], **options
+        )
+    trainer, resumed = start_run("parts", data=data, resume="last", **options)
+    assert trainer.global_step == 9
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    for (name, expected), actual in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(actual, expected), name
