@@ -96,7 +96,7 @@ class ZooModel(nn.Module):
         if cache is not None and self.training and torch.is_grad_enabled() and self.layers[0].gradient_checkpointing:
             raise ValueError(
                 "gradient checkpointing runs each block twice, which a cache does not survive: leave out "
-                "past_key_values, or call model.gradient_checkpointing_disable()"
+                "past_key_values and use_cache, or switch checkpointing off"
             )
 
 
