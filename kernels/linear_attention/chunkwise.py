@@ -29,9 +29,11 @@ def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Chunks:
 
 def _split_inputs(segment: Segment, dtype: torch.dtype, q, k, v, log_decay, beta):
     """The inputs of a segment as chunks; q and k repeated for the value heads that share them."""
-    groups = v.shape[2] // q.shape[2]
-    parts = [None if x is None else segment.split(x, dtype) for x in (q, k, v, log_decay, beta)]
-    return [*(x.repeat_interleave(groups, dim=1) for x in parts[:2]), *parts[2:]] if groups > 1 else parts
+    groups = v.shape[2] // k.shape[2]
+    qc, kc, *others = (None if x is None else segment.split(x, dtype) for x in (q, k, v, log_decay, beta))
+    if groups > 1:
+        qc, kc = (None if x is None else x.repeat_interleave(groups, dim=1) for x in (qc, kc))
+    return qc, kc, *others
 
 
 def _sum_groups(gradient: Tensor, heads: int) -> Tensor:
@@ -128,7 +130,7 @@ def chunkwise_backward(
 
     all_states = []
     for segment in chunks.segments:
-        _, kc, vc, gc, bc = _split_inputs(segment, dtype, q, k, v, log_decay, beta)
+        _, kc, vc, gc, bc = _split_inputs(segment, dtype, None, k, v, log_decay, beta)
         G = None if gc is None else passes.cumulative_decay(gc)
         u, w = (vc, None) if beta is None else passes.delta_apply(segment.split(T, dtype), kc, vc, G, bc)
         all_states.append(passes.chunk_states(kc, u, w, G, state, segment.steps)[0])

@@ -54,7 +54,7 @@ def chunk_scores(q: Tensor, k: Tensor, G: Tensor | None, scale: float, *, delta:
         A_qk.diagonal(dim1=-2, dim2=-1).copy_(torch.linalg.vecdot(q, k).mul_(scale))
         return A_qk, scores[1] if delta else None
     decay = PairwiseDecay(G, k.dtype)
-    A_qk = decay.apply_(q @ k.mT).mul_(scale).tril_()
+    A_qk = decay.apply_(q @ k.mT, scale).tril_()
     return A_qk, decay.apply_(k @ k.mT).tril_(-1) if delta else None
 
 
@@ -94,7 +94,7 @@ def chunk_scores_backward(
         weight.tril_(-1)
         dG.add_(weight.sum(-1)).sub_(weight.sum(-2))
     decay = PairwiseDecay(G, k.dtype)
-    dscores = decay.apply_(dA_qk).mul_(scale).tril_()
+    dscores = decay.apply_(dA_qk, scale).tril_()
     _add_product(dq, dscores, k)
     _add_product(dk, dscores.mT, q)
     if delta:
@@ -120,8 +120,12 @@ class PairwiseDecay:
         else:
             self.factors = [exp_of(G[..., :, None] - G[..., None, :], dtype)]
 
-    def apply_(self, scores: Tensor) -> Tensor:
-        for factor in self.factors:
+    def apply_(self, scores: Tensor, scale: float = 1.0) -> Tensor:
+        if not self.factors:
+            return scores.mul_(scale) if scale != 1.0 else scores
+        first, *others = self.factors
+        scores.mul_(first * scale if scale != 1.0 else first)
+        for factor in others:
             scores.mul_(factor)
         return scores
 
@@ -134,14 +138,17 @@ def delta_transform(A_kk: Tensor, beta: Tensor) -> Tensor:
     below its diagonal, so inverses of doubled size follow from two products, with the accuracy of substitution."""
     below = beta.unsqueeze(-1) * A_kk
     length = below.shape[-1]
-    T = torch.eye(length, dtype=below.dtype, device=below.device).expand_as(below).contiguous()
+    inverse = below.new_ones(*below.shape[:2], length, 1, 1)  # of the blocks on the diagonal, first of size 1
     size = 1
     while size < length:
-        block, inverse = diagonal_blocks(below, 2 * size), diagonal_blocks(T, 2 * size)
-        first, second = inverse[..., :size, :size], inverse[..., size:, size:]
-        inverse[..., size:, :size] = (second @ block[..., size:, :size] @ first).neg_()
+        first, second = inverse[:, :, 0::2], inverse[:, :, 1::2]
+        inverse = below.new_zeros(*first.shape[:3], 2 * size, 2 * size)
+        inverse[..., :size, :size] = first
+        inverse[..., size:, size:] = second
+        between = diagonal_blocks(below, 2 * size)[..., size:, :size]
+        inverse[..., size:, :size] = -(second @ between @ first) if size > 1 else -between
         size *= 2
-    return T
+    return inverse.squeeze(2)
 
 
 def delta_apply(T: Tensor, k: Tensor, v: Tensor, G: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
