@@ -189,7 +189,14 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(
-        self, input_ids, *, past_key_values=None, attention_mask=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        *,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         if past_key_values is not None and not is_first_iteration:
             attention_mask = None  # the padding is in the prompt, which the cache holds
@@ -197,6 +204,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )

@@ -36,6 +36,7 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, **options) -> ZooF
     sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 3, "initializer_range": 0.3}
     model = ZooForCausalLM(ZooConfig(**sizes | PATTERNS[name] | options)).to(dtype).eval()
     model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = [0]  # or generate() would take a 0 that it wrote for padding
     return model
 
 
