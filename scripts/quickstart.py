@@ -1,0 +1,141 @@
+"""Trains a small gated-linear-attention model and a softmax transformer of the same size, and sets them side by side.
+
+Both read the same tokens in the same order: the standard library of the Python that runs this, source and docs. The
+folder runs/quickstart then holds
+
+    gla/ transformer/    Hugging Face folders with their tokenizer
+    loss.png             training and validation loss of both
+    table.md results.json
+    heldout.txt          the text that neither has seen in training
+
+Run by scripts/quickstart.sh, which sets everything up first.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from quickstart_report import Result, console, draw_losses, print_report, write_report
+from safetensors import SafetensorError
+from stdlib_corpus import stdlib_corpus
+from transformers.utils import logging
+
+from lm_zoo.errors import is_user_error, one_line
+from lm_zoo.eval.generation import generate
+from lm_zoo.eval.loading import load_model
+from lm_zoo.eval.perplexity import perplexity
+from lm_zoo.eval.report import write_atomically
+from lm_zoo.eval.speed import decode_speed
+from lm_zoo.train import Interrupted, TextData, ZooModule, fit
+from lm_zoo.train.metrics import read_metrics
+from lm_zoo.train.tokenizers import END_OF_TEXT
+
+OUT = Path("runs/quickstart")
+STEPS = 400  # the one number that sets how long this takes
+SEQ_LEN = 256
+BATCH_SIZE = 8
+SEED = 0
+SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "tie_word_embeddings": True}
+# One layer of either has four matrices' worth of D x D parameters, so the two models come out equal.
+MODELS = {
+    "gla": {**SIZES, "mixers": {"gla": {"num_heads": 4}}},
+    "transformer": {**SIZES, "mixers": {"attention": {"num_heads": 4}}},
+}
+CONTEXTS = (128, 4096)
+PROMPT = 'class Reader:\n    """Read lines from a file.\n\n'
+
+
+def main() -> int:
+    start = time.monotonic()
+    logging.disable_progress_bar()
+    try:
+        results = quickstart()
+    except (KeyboardInterrupt, Interrupted):
+        print("quickstart: interrupted; run it again to start over", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not is_user_error(error) and not isinstance(error, SafetensorError):  # which a full disk raises too
+            raise
+        print(f"quickstart: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print_report(results, OUT, context=SEQ_LEN, seconds=time.monotonic() - start)
+    return 0
+
+
+def quickstart() -> list[Result]:
+    training = OUT / "training"
+    shutil.rmtree(training, ignore_errors=True)
+    training.mkdir(parents=True)
+    held_out = write_text(training)
+    data = {"files": str(training / "train.txt"), "val_files": str(OUT / "heldout.txt"), "separator": END_OF_TEXT}
+
+    metrics = {}
+    for name, config in MODELS.items():
+        console.rule(f"[bold]training {name}")
+        torch.manual_seed(SEED)
+        fit(
+            ZooModule(config=config, learning_rate=2e-3, warmup=0.05),
+            # Plain rows of text: what a row holds of the document before it is context like any other.
+            TextData(
+                **data, tokenizer="bpe", vocab_size=4096, seq_len=SEQ_LEN, batch_size=BATCH_SIZE,
+                respect_documents=False, seed=SEED, cache_dir=str(training / "cache"),
+            ),
+            training / name,
+            max_steps=STEPS,
+            val_check_interval=STEPS // 8,
+            log_every_n_steps=10,
+            devices=1,
+        )  # fmt: skip
+        shutil.rmtree(OUT / name, ignore_errors=True)
+        (training / name / "model").rename(OUT / name)
+        metrics[name] = read_metrics(training / name / "metrics.csv")
+
+    console.rule("[bold]evaluating")
+    results = [evaluate(name, held_out, metrics[name]) for name in MODELS]
+    sizes = [result.parameters for result in results]
+    if max(sizes) > 1.02 * min(sizes):
+        raise AssertionError(f"the models are to be of one size, but have {sizes} parameters")
+    draw_losses(metrics, OUT / "loss.png")
+    write_report(results, OUT)
+    return results
+
+
+def write_text(training: Path) -> str:
+    """Writes the corpus where the trainer finds it, and returns the held-out part."""
+    train, held_out = (END_OF_TEXT.join(document.text for document in part) for part in stdlib_corpus())
+    write_atomically(training / "train.txt", train.encode())
+    write_atomically(OUT / "heldout.txt", held_out.encode())
+    console.print(
+        f"text: the standard library of Python {sys.version.split()[0]}, "
+        f"{len(train.encode()) / 1e6:.1f} MB to train on and {len(held_out.encode()) / 1e6:.1f} MB held out",
+        highlight=False,
+    )
+    return held_out
+
+
+def evaluate(name: str, held_out: str, metrics: list[dict[str, str]]) -> Result:
+    """Everything the table says of one model, measured on what a user would load: the folder."""
+    model, tokenizer = load_model(OUT / name)
+    measured = perplexity(model, tokenizer, held_out, context=SEQ_LEN)
+    decoding = [decode_speed(model, context) for context in CONTEXTS]
+    speeds = [float(line["tokens_per_second"]) for line in metrics if line["tokens_per_second"]]
+    return Result(
+        name=name,
+        parameters=model.num_parameters(),
+        validation_loss=measured.nats / measured.tokens,
+        bits_per_byte=measured.bits_per_byte,
+        training_tokens_per_second=statistics.median(speeds),
+        contexts=CONTEXTS,
+        decode_tokens_per_second=tuple(speed.tokens_per_second for speed in decoding),
+        state_bytes=tuple(speed.state_bytes for speed in decoding),
+        sample=generate(model, tokenizer, PROMPT, temperature=0.7, max_tokens=100),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
