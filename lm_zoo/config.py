@@ -101,6 +101,8 @@ class ZooConfig(PreTrainedConfig):
         if not isinstance(self.pattern, list) or not self.pattern:
             raise TypeError(f"pattern must be a list of names from mixers, got {self.pattern!r}")
         for name in self.pattern:
+            if not isinstance(name, str):
+                raise TypeError(f"pattern must be a list of names from mixers, got {self.pattern!r}")
             if name not in self.mixers:
                 raise ValueError(f"pattern has {name!r}, which is not in mixers{suggest(name, self.mixers)}")
         for name in self.mixers:
