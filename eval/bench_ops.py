@@ -6,10 +6,13 @@ time and the median of the ratios within each turn. A ratio above 1 means that t
 
 import argparse
 import json
+import multiprocessing
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -20,7 +23,7 @@ from torch.utils.benchmark import Timer
 from lm_zoo.kernels import linear_attention
 
 B, T, H, K, CHUNK = 1, 2048, 8, 64, 64
-DECAY_SHAPES = {"none": None, "scalar": (B, T, H), "channel": (B, T, H, K)}
+LENGTHS = (4096, 8192, 16384)
 
 
 @dataclass
@@ -34,38 +37,44 @@ class Row:
     ratio_range: tuple[float, float]
 
 
-def make_inputs(decay: str, delta: bool, requires_grad: bool) -> dict[str, Tensor | None]:
+def make_inputs(decay: str, delta: bool, requires_grad: bool, length: int = T) -> dict[str, Tensor | None]:
     """Decays of up to 0.1 nats per token: what trained gates do."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(B, T, H, K, generator=generator) for _ in range(3))
-    shape = DECAY_SHAPES[decay]
+    q, k, v = (torch.randn(B, length, H, K, generator=generator) for _ in range(3))
+    shape = {"none": None, "scalar": (B, length, H), "channel": (B, length, H, K)}[decay]
     inputs = {
         "q": q,
         "k": torch.nn.functional.normalize(k, dim=-1),
         "v": v,
         "log_decay": None if shape is None else -0.1 * torch.rand(shape, generator=generator),
-        "beta": torch.rand(B, T, H, generator=generator) if delta else None,
+        "beta": torch.rand(B, length, H, generator=generator) if delta else None,
     }
     return {name: None if x is None else x.requires_grad_(requires_grad) for name, x in inputs.items()}
 
 
-def ours(decay: str, delta: bool, backward: bool) -> Callable[[], object]:
-    inputs = make_inputs(decay, delta, requires_grad=backward)
+def ours(decay: str, delta: bool, backward: bool, length: int = T) -> Callable[[], object]:
+    inputs = make_inputs(decay, delta, requires_grad=backward, length=length)
     if not backward:
         return lambda: linear_attention(**inputs)
-    do = torch.ones(B, T, H, K)
+    do = torch.ones(B, length, H, K)
     leaves = [x for x in inputs.values() if x is not None]
     return lambda: torch.autograd.grad(linear_attention(**inputs)[0], leaves, do)
 
 
-def transformers_gated_delta(backward: bool) -> Callable[[], object]:
-    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+def transformers_gated_delta(backward: bool, substitution: bool = False) -> Callable[[], object]:
+    """Its chunk form in eager mode; with `substitution`, the form that it takes for export, which inverts the triangle
+    row by row, as every version did before it took up `solve_triangular`."""
+    from transformers.models.qwen3_next import modeling_qwen3_next
 
-    leaves = [x for x in make_inputs("scalar", True, requires_grad=backward).values()]
-    if not backward:
-        return lambda: torch_chunk_gated_delta_rule(*leaves)
+    leaves = list(make_inputs("scalar", True, requires_grad=backward).values())
     do = torch.ones(B, T, H, K)
-    return lambda: torch.autograd.grad(torch_chunk_gated_delta_rule(*leaves)[0], leaves, do)
+
+    def run() -> object:
+        with patch.object(modeling_qwen3_next, "is_torchdynamo_exporting", lambda: substitution):
+            o = modeling_qwen3_next.torch_chunk_gated_delta_rule(*leaves)[0]
+        return torch.autograd.grad(o, leaves, do) if backward else o
+
+    return run
 
 
 def sdpa(backward: bool) -> Callable[[], object]:
@@ -118,6 +127,8 @@ def measure(turns: int) -> list[Row]:
              ours("scalar", False, backward)),
             ("gated delta rule", backward, ours("scalar", True, backward), "transformers' chunk form",
              transformers_gated_delta(backward)),
+            ("gated delta rule", backward, ours("scalar", True, backward), "transformers' form for export",
+             transformers_gated_delta(backward, substitution=True)),
             ("delta rule, decay per channel", backward, ours("channel", True, backward), "gated delta rule",
              ours("scalar", True, backward)),
         ]  # fmt: skip
@@ -129,6 +140,55 @@ def measure(turns: int) -> list[Row]:
         spread = (min(ratios), max(ratios))
         rows.append(Row(name, direction, median(times), rival_name, median(rival_times), median(ratios), spread))
     return rows
+
+
+@dataclass
+class Length:
+    name: str
+    tokens: int
+    milliseconds: float
+    mebibytes: float  # the most that the process grew by, inputs and gradients aside
+
+
+def measure_lengths(turns: int) -> list[Length]:
+    """Forward and backward over doubling lengths: time in turns, memory in a process of its own."""
+    found = []
+    for name, decay, delta in (("scalar decay", "scalar", False), ("gated delta rule", "scalar", True)):
+        functions = [ours(decay, delta, True, length) for length in LENGTHS]
+        times = [[] for _ in LENGTHS]
+        for _ in range(turns):
+            for function, milliseconds in zip(functions, times, strict=True):
+                milliseconds.append(Timer("function()", globals={"function": function}).timeit(1).mean * 1e3)
+        for length, milliseconds in zip(LENGTHS, times, strict=True):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                peak = pool.apply(peak_memory, (decay, delta, length))
+            found.append(Length(name, length, median(milliseconds), peak / 2**20))
+    return found
+
+
+def peak_memory(decay: str, delta: bool, length: int) -> int:
+    """Bytes by which forward and backward raise this process's peak; for a process that has done nothing else."""
+    ours(decay, delta, True, CHUNK)()  # what PyTorch sets up once
+    function = ours(decay, delta, True, length)
+    before = high_water()
+    function()
+    return high_water() - before
+
+
+def high_water() -> int:
+    """The most memory that this process has held, in bytes, as Linux counts it."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def print_lengths(lengths: list[Length]) -> None:
+    table = Table("op, forward + backward", "T", "ms", "MiB", "time, times half", "memory, times half")
+    for shorter, row in zip([None, *lengths[:-1]], lengths, strict=True):
+        doubled = shorter is not None and shorter.name == row.name
+        time = f"{row.milliseconds / shorter.milliseconds:.2f}" if doubled else ""
+        memory = f"{row.mebibytes / shorter.mebibytes:.2f}" if doubled else ""
+        table.add_row(row.name, str(row.tokens), f"{row.milliseconds:.1f}", f"{row.mebibytes:.0f}", time, memory)
+    Console().print(table)
 
 
 def print_table(rows: list[Row]) -> None:
@@ -148,8 +208,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = measure(arguments.turns)
     print_table(rows)
+    lengths = measure_lengths(arguments.turns)
+    print_lengths(lengths)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        found = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        found |= {"ops": [asdict(row) for row in rows], "lengths": [asdict(row) for row in lengths]}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
