@@ -136,9 +136,7 @@ def recur(
     if state is None:
         return linear_attention(q, k, v, log_decay, beta, cu_seqlens=cu_seqlens)[0]
     if q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-        decay = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, 0]
-        step = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], decay, None if beta is None else beta[:, 0], state["S"])
-        return step.unsqueeze(1)
+        return linear_attention_step(q, k, v, log_decay, beta, state.writable("S"))
     # With gradients the op saves its initial state, which the write below would overwrite: hand it a copy.
     initial = state["S"].clone() if torch.is_grad_enabled() else state["S"]
     o, final = linear_attention(
