@@ -32,22 +32,17 @@ class Result:
     state_bytes: tuple[int, ...]
     sample: str
 
-    def cells(self) -> dict[str, str]:
-        """The row of the table: column -> text."""
+    def facts(self) -> dict[str, str]:
+        """Its column of the table: what is measured -> the number."""
+        decoding = zip(self.contexts, self.decode_tokens_per_second, strict=True)
+        states = zip(self.contexts, self.state_bytes, strict=True)
         return {
-            "model": self.name,
             "parameters": f"{self.parameters:,}",
-            "validation loss": f"{self.validation_loss:.3f}",
+            "validation loss (nats per token)": f"{self.validation_loss:.3f}",
             "bits per byte": f"{self.bits_per_byte:.3f}",
             "training tokens/s": f"{self.training_tokens_per_second:,.0f}",
-            **{
-                f"decode tokens/s at {context:,}": f"{speed:,.0f}"
-                for context, speed in zip(self.contexts, self.decode_tokens_per_second, strict=True)
-            },
-            **{
-                f"state at {context:,}": human_bytes(size)
-                for context, size in zip(self.contexts, self.state_bytes, strict=True)
-            },
+            **{f"decode tokens/s at context {context:,}": f"{speed:,.0f}" for context, speed in decoding},
+            **{f"bytes of state at context {context:,}": f"{size:,}" for context, size in states},
         }
 
 
@@ -58,9 +53,15 @@ def human_bytes(size: int) -> str:
     return f"{size} B"
 
 
+def table_rows(results: list[Result]) -> list[list[str]]:
+    """A row per measure, a column per model: narrow enough for any terminal."""
+    measures = [result.facts() for result in results]
+    return [[name, *(facts[name] for facts in measures)] for name in measures[0]]
+
+
 def markdown(results: list[Result]) -> str:
-    header = list(results[0].cells())
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *(result.cells().values() for result in results)]
+    names = [result.name for result in results]
+    rows = [["model", *names], ["---", *("---:" for _ in names)], *table_rows(results)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -72,72 +73,60 @@ def write_report(results: list[Result], folder: Path) -> None:
 def print_report(results: list[Result], folder: Path, *, context: int, seconds: float) -> None:
     for result in results:
         console.print(Panel(escape(result.sample), title=f"{result.name} continues a prompt", title_align="left"))
-    table = Table(box=box.ROUNDED, padding=(0, 1))
-    for column in results[0].cells():
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
+    table = Table("model", box=box.ROUNDED)
     for result in results:
-        table.add_row(*result.cells().values())
+        table.add_column(result.name, justify="right")
+    for row in table_rows(results):
+        table.add_row(*row)
     console.print(table)
 
     gla, transformer = results
     short, long = gla.contexts
     console.print(
         f"""\
-Both models read the same tokens in the same order, for {seconds / 60:.1f} minutes in all. They differ in one layer.
-The transformer keeps every key and value: {human_bytes(transformer.state_bytes[0])} after {short:,} tokens, \
-{human_bytes(transformer.state_bytes[1])} after {long:,}, and each new token looks at them all.
-GLA folds the text into a state of fixed size, {human_bytes(gla.state_bytes[1])}, \
-so its millionth token costs what its first one did.
-(Loss and bits per byte: held-out text in windows of {context} tokens. State: one text, float32.)
+Both models read the same tokens in the same order; they differ in one kind of layer. The transformer keeps every key \
+and value, {human_bytes(transformer.state_bytes[0])} after {short:,} tokens and \
+{human_bytes(transformer.state_bytes[1])} after {long:,}, and each new token looks at all of them. GLA folds the text \
+into a state of {human_bytes(gla.state_bytes[1])} however long it gets.
 
-In [bold]{folder}[/bold]: gla/ and transformer/ for AutoModelForCausalLM, loss.png, table.md. Try next:
-
+Loss and bits per byte: held-out text in windows of {context} tokens. State: of one text, in float32. \
+All of it took {seconds / 60:.1f} minutes. In [bold]{folder}[/bold] are gla/ and transformer/, which \
+AutoModelForCausalLM loads, and loss.png, table.md, results.json. Try next:
+""",
+        highlight=False,
+    )
+    commands = f"""\
   source .venv/bin/activate
   lm-zoo generate {folder}/gla --prompt "def main("
   lm-zoo eval perplexity {folder}/transformer --text {folder}/heldout.txt --context {context}
   lm-zoo train --config gla-tiny --data.files YOUR.txt --out runs/mine
-  lm-zoo list""",
-        highlight=False,
-    )
+  lm-zoo list"""
+    console.print(commands, highlight=False, soft_wrap=True)
 
 
-def draw_losses(metrics: Mapping[str, list[dict[str, str]]], path: Path) -> None:
+def draw_losses(metrics: Mapping[str, list[dict[str, str]]], path: Path, *, tokens_per_step: int) -> None:
     """Loss over tokens: thin lines for training, thick ones with dots for validation, one colour per model."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    lowest, colors = [], {"gla": "#0f766e", "transformer": "#c2410c"}
-    for name, lines in metrics.items():
-        training, validation = curve(lines, "train_loss"), curve(lines, "val_loss")
-        axes.plot(*training, color=colors[name], linewidth=1, alpha=0.35)
-        axes.plot(*validation, color=colors[name], linewidth=2, marker="o", markersize=4, label=name)
-        axes.annotate(
-            f"{validation[1][-1]:.2f}", (validation[0][-1], validation[1][-1]), color=colors[name],
-            xytext=(6, 0), textcoords="offset points", va="center",
-        )  # fmt: skip
-        lowest.append(min(validation[1]))
-    axes.set_ylim(min(lowest) - 0.5, 8.5)
-    axes.margins(x=0.08)
-    axes.set_xlabel("training tokens (thousands)")
+    lowest = []
+    for (name, lines), color in zip(metrics.items(), ("#0f766e", "#c2410c"), strict=True):
+        for column, style in (
+            ("train_loss", {"linewidth": 1, "alpha": 0.35}),
+            ("val_loss", {"linewidth": 2, "marker": "o", "markersize": 4, "label": name}),
+        ):
+            points = [(int(line["step"]) * tokens_per_step, float(line[column])) for line in lines if line[column]]
+            axes.plot(*zip(*points, strict=True), color=color, **style)
+            lowest.append(min(loss for _, loss in points))
+    axes.set_ylim(min(lowest) - 0.3, 8.5)  # guessing among 4,096 tokens is a loss of 8.3
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(
-        "Same size, same tokens, same order: held-out loss (dots) and training loss", loc="left", fontsize=11
-    )
+    axes.set_title("Same size, same tokens: held-out loss (dots) and training loss (thin)", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     write_atomically(path, picture.getvalue())
-
-
-def curve(lines: list[dict[str, str]], column: str) -> tuple[list[float], list[float]]:
-    """(thousands of tokens, values) of one column; a line of validation comes after the line that counts its tokens."""
-    tokens, xs, ys = 0.0, [], []
-    for line in lines:
-        tokens = float(line["tokens"] or tokens)
-        if line[column]:
-            xs.append(tokens / 1000)
-            ys.append(float(line[column]))
-    return xs, ys

@@ -19,7 +19,7 @@ from lm_zoo.errors import UserError
 
 BYTES_USED = 10_000_000
 BYTES_NEEDED = 2_000_000
-HELD_OUT_SHARE = 0.04
+HELD_OUT_SHARE = 0.03
 SUFFIXES = (".py", ".rst", ".txt")
 # Other people's packages, binaries, and `encodings`, whose megabyte is tables of numbers.
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "encodings", "ensurepip"}
