@@ -1,7 +1,6 @@
 """The one model of the zoo: embeddings, blocks of a mixer and an MLP, a final norm, and the output embeddings."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -183,7 +182,8 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         else:
-            targets = next_labels(labels, hidden.shape[:2], attention_mask, cu_seqlens)
+            mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
+            targets = next_labels(labels, hidden.shape[:2], mask, cu_seqlens)
             loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
@@ -240,11 +240,11 @@ def next_labels(
     padding = None if attention_mask is None else Padding.find(attention_mask, *shape)
     if padding is not None:
         labels, cu_seqlens = padding.pack(labels), padding.cu_seqlens
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    targets = torch.full_like(labels, IGNORE)
+    targets[:, :-1] = labels[:, 1:]
     if cu_seqlens is not None and targets.numel():
-        targets[:, cu_seqlens[1:].long() - 1] = (
-            IGNORE  # an empty first document ends at -1, the last token: ignored too
-        )
+        last = cu_seqlens[1:].long() - 1  # -1 for an empty first document: the very last token, which has no next one
+        targets[:, last] = IGNORE
     return targets if padding is None else padding.unpack(targets, IGNORE)
 
 

@@ -74,34 +74,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _sweep(hidden, weight, labels, ignore_index, needs_grad=(False, False)):
     """The loss of each token, and the gradients of their sum for hidden and weight where asked for."""
-    device = hidden.device.type
     product_dtype = hidden.dtype
-    if torch.is_autocast_enabled(device):
-        product_dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # autocast leaves float64 alone
+        product_dtype = torch.get_autocast_dtype(hidden.device.type)
     sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.zeros(labels.shape, dtype=sum_dtype, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_grad[1] else None
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    with torch.autocast(device, enabled=False):
-        h, w = hidden.to(product_dtype), weight.to(product_dtype)
-        for start in range(0, len(labels), rows):
-            chunk = slice(start, start + rows)
-            logits = (h[chunk] @ w.T).to(sum_dtype)
-            counted = labels[chunk] != ignore_index
-            target = labels[chunk].where(counted, 0)[:, None]
-            log_total = logits.logsumexp(dim=-1, keepdim=True)
-            losses[chunk] = (log_total - logits.gather(1, target)).squeeze(1) * counted
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # The gradient for the logits, in their place: softmax minus one-hot, 0 at ignored tokens.
-            dlogits = logits.sub_(log_total).exp_()
-            dlogits.scatter_add_(1, target, torch.full_like(log_total, -1.0))
-            dlogits = dlogits.mul_(counted[:, None]).to(product_dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = dlogits @ w
-            if grad_weight is not None:
-                _add_product(grad_weight, dlogits.T, h[chunk])
+    h, w = hidden.to(product_dtype), weight.to(product_dtype)
+    for start in range(0, len(labels), rows):
+        chunk = slice(start, start + rows)
+        logits = (h[chunk] @ w.T).to(sum_dtype)
+        counted = labels[chunk] != ignore_index
+        target = labels[chunk].where(counted, 0)[:, None]
+        log_total = logits.logsumexp(dim=-1, keepdim=True)
+        losses[chunk] = (log_total - logits.gather(1, target)).squeeze(1) * counted
+        if grad_hidden is None and grad_weight is None:
+            continue
+        # The gradient for the logits, in their place: softmax minus one-hot, 0 at ignored tokens.
+        dlogits = logits.sub_(log_total).exp_()
+        dlogits.scatter_add_(1, target, torch.full_like(log_total, -1.0))
+        dlogits = dlogits.mul_(counted[:, None]).to(product_dtype)
+        if grad_hidden is not None:
+            grad_hidden[chunk] = dlogits @ w
+        if grad_weight is not None:
+            _add_product(grad_weight, dlogits.T, h[chunk])
     return losses, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 

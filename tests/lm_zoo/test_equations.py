@@ -99,15 +99,14 @@ def test_positions_stay_exact_in_a_long_text():
     assert_close(layer(x, state=state), layer(x), 1e-5)
 
 
-def test_a_softmax_state_grows_by_a_quarter(x):
-    layer = SoftmaxAttention(D, 4, num_kv_heads=2).double()
-    state = layer.init_state(B)
+def test_a_softmax_state_grows_by_a_quarter():
+    layer = SoftmaxAttention(D, 4, num_kv_heads=2)
+    state = layer.init_state(1)
     sizes = []
     with torch.no_grad():
-        for _ in range(30):
-            layer(x, state=state)
+        for _ in range(100):
+            layer(torch.zeros(1, 30, D), state=state)
+            assert state["keys"].shape == state["values"].shape
             sizes.append(state["keys"].shape[2])
-            assert state["keys"].shape == (B, 2, sizes[-1], 6)
-    lengths = [T * n for n in range(1, 31)]
-    assert all(length <= size <= length * 1.25 + state.BLOCK for length, size in zip(lengths, sizes, strict=True))
-    assert len(set(sizes)) < 8  # copied rarely
+    assert all(length <= size <= length * 1.25 + 64 for length, size in zip(range(30, 3001, 30), sizes, strict=True))
+    assert len(set(sizes)) < 20  # copied rarely

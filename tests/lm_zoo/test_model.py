@@ -54,6 +54,18 @@ def test_padding_is_not_fed_into_the_cache(model, tokens):
             assert_close(logits[row, 0], expected[-1], 1e-10)
 
 
+def test_nothing_but_padding_leaves_a_cache_as_it_was(model, tokens):
+    ids, none = tokens(2, 4), torch.zeros(2, 4, dtype=torch.long)
+    cache = model.init_cache(2)
+    model(ids, past_key_values=cache)
+    before = cache.clone()
+    output = model(ids, attention_mask=none, labels=ids, past_key_values=cache)
+    assert output.loss == 0
+    assert cache.get_seq_length() == 8
+    for state, old in zip(cache.states, before.states, strict=True):
+        assert all(torch.equal(state[name], old[name]) for name in state)
+
+
 def test_packed_documents_equal_each_alone(model, tokens):
     ids = tokens(1, 20)
     bounds = [0, 7, 7, 8, 20]
@@ -124,6 +136,12 @@ def test_loss_of_padded_rows_is_that_of_their_tokens(model, tokens):
     texts = [row[m.bool()][None] for row, m in zip(ids, MASK, strict=True) if m.any()]
     total = sum(model(text, labels=text).loss * (text.shape[1] - 1) for text in texts)
     assert_close(padded, total / sum(text.shape[1] - 1 for text in texts), 1e-12)
+    cache = model(ids, use_cache=True).past_key_values
+    wide = torch.cat([torch.ones_like(MASK), MASK], dim=1)
+    assert torch.equal(
+        model(ids, attention_mask=wide, labels=ids, past_key_values=cache.clone()).loss,
+        model(ids, attention_mask=MASK, labels=ids, past_key_values=cache).loss,
+    )
 
 
 def test_next_labels():
