@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -18,17 +18,14 @@ from lm_zoo.train.checkpoints import Checkpoints, Interrupted
 from lm_zoo.train.data import TextData
 from lm_zoo.train.files import whole_file
 from lm_zoo.train.module import ZooModule
-from lm_zoo.train.quiet import quiet_lightning
+from lm_zoo.train.quiet import quiet_libraries
 from lm_zoo.train.run import TRAINER_DEFAULTS, run_training, trainer_parts
 
 
 def run(argv: list[str]) -> None:
     """Trains as the arguments say. UserError for bad ones; exits with 130 or 143 after Ctrl-C or SIGTERM."""
-    with quiet_lightning():
-        try:
-            cli = TrainCLI(args=find_configs(argv))
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UserError(one_line(error)) from error
+    with quiet_libraries():
+        cli = TrainCLI(args=find_configs(argv))
         try:
             run_training(cli.trainer, cli.model, cli.datamodule, cli.config.resume)
         except Interrupted as interrupted:
@@ -47,7 +44,11 @@ def run(argv: list[str]) -> None:
 
 class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(" ".join(message.split())) from ex
+        message = " ".join(message.split())
+        message = re.sub(r'Parser key "([\w.]+)":', r"\1:", message)  # its own words for a wrong type, made plainer
+        message = re.sub(r"Expected an? <class '(\w+)'>\. Got value:", r"expected \1, got", message)
+        message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\. Got value:", r"expected one of \1, got", message)
+        raise UserError(f"{message}; see `lm-zoo train --help`") from ex
 
 
 class TrainCLI(LightningCLI):
@@ -82,14 +83,19 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
         parts = trainer_parts(Path(self.config.out), vars(self.config_init.trainer), self.config_init.checkpoint)
         parts["callbacks"].append(SaveConfig(self.parser, self.config, Path(self.config.out)))
-        return L.Trainer(**{**vars(self.config_init.trainer), **parts, **options})
+        try:
+            return L.Trainer(**{**vars(self.config_init.trainer), **parts, **options})
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {one_line(error)}") from error
 
 
 class SaveConfig(L.Callback):
     """Writes `config.yaml` when training starts: `--config` with it gives the same run."""
 
     def __init__(self, parser: LightningArgumentParser, config: Any, out: Path) -> None:
-        self._text = parser.dump(Namespace(config, resume=None), skip_none=False)
+        config = config.clone()
+        config.resume = None
+        self._text = parser.dump(config, skip_none=False)
         self._path = out / "config.yaml"
 
     @rank_zero_only

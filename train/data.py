@@ -198,8 +198,8 @@ class TextData(L.LightningDataModule):
     def _check_rows(self) -> None:
         rows, needed = len(self.train_rows), self.batch_size * self._process["world_size"]
         tokens = self.train_rows.selection.num_tokens
-        if tokens == 0:
-            raise UserError("the training text is too short to hold some of it out; set data.val_fraction to 0")
+        if tokens == 0 and self.val_rows.selection.num_tokens >= self.seq_len:
+            raise UserError("the text is too short to hold a part of it out; set data.val_fraction to 0")
         if rows < needed:
             short = "one row" if rows == 0 else f"one batch of {needed} rows"
             raise UserError(

@@ -25,6 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder; an older one of that name is moved away first and deleted last."""
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
     unfinished, older = workplace / "new", workplace / "old"
@@ -38,3 +39,5 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if older.exists() and not path.exists():
             older.rename(path)
         shutil.rmtree(workplace, ignore_errors=True)
+        if is_new and not any(path.parent.iterdir()):
+            path.parent.rmdir()

@@ -1,4 +1,4 @@
-"""Lightning's tips, and its warnings about what is on purpose here, kept off the screen. Everything else is shown."""
+"""Tips, and warnings about what is on purpose here, kept off the screen. Everything else is shown."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ ON_PURPOSE = (
 )
 
 
+# Levels for others' loggers: what they report as an error reaches the person as the one line of a UserError.
+LEVELS = {
+    "lightning.pytorch": logging.WARNING,
+    "lightning.fabric": logging.WARNING,
+    "huggingface_hub": logging.ERROR,
+    "transformers": logging.ERROR,
+    "datasets": logging.CRITICAL,
+}
+
+
 @contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
+def quiet_libraries() -> Iterator[None]:
+    before = {name: logging.getLogger(name).level for name in LEVELS}
     with warnings.catch_warnings():
         for message in ON_PURPOSE:
             warnings.filterwarnings("ignore", message=message)
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
+        for name, level in LEVELS.items():
+            logging.getLogger(name).setLevel(level)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)

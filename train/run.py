@@ -32,7 +32,7 @@ from lm_zoo.train.files import whole_folder
 from lm_zoo.train.metrics import LossPlot, Metrics, MetricsFile
 from lm_zoo.train.module import ZooModule
 from lm_zoo.train.progress import StepProgress
-from lm_zoo.train.quiet import quiet_lightning
+from lm_zoo.train.quiet import quiet_libraries
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # the data counts its own epochs: see TextData.epochs
@@ -60,7 +60,7 @@ def fit(
     `resume` continues a run exactly where it stopped: a checkpoint, or "last" for the newest in `out`. UserError (a
     ValueError) for bad input; Interrupted after Ctrl-C or SIGTERM, when a checkpoint has been saved.
     """
-    with quiet_lightning():
+    with quiet_libraries():
         options = {**TRAINER_DEFAULTS, **trainer_options}
         parts = trainer_parts(Path(out), options, checkpoints or Checkpoints())
         return run_training(L.Trainer(**{**options, **parts}), module, data, resume)
