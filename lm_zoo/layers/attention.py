@@ -106,6 +106,8 @@ class SoftmaxAttention(Mixer):
 
     def _attend_packed(self, q, k, v, state, cu_seqlens) -> Tensor:
         """Document by document, so that no work goes into pairs of tokens from different ones."""
+        if torch.compiler.is_compiling() and state is None:
+            return attend(q, k, v, self._document_mask(q.shape[2], cu_seqlens))
         bounds = cu_seqlens.tolist()
         check_bounds(bounds, q.shape[2])
         outputs = []
@@ -117,3 +119,11 @@ class SoftmaxAttention(Mixer):
             if row is not None:
                 state.put(n, row)
         return torch.cat(outputs, dim=2)
+
+    def _document_mask(self, length: int, cu_seqlens: Tensor) -> Tensor:
+        """Who sees whom, `[1, 1, T, T]`: for torch.compile, which cannot loop over borders that it does not know."""
+        token = torch.arange(length, device=cu_seqlens.device)
+        document = torch.searchsorted(cu_seqlens, token, right=True)
+        distance = token[:, None] - token
+        mask = (document[:, None] == document) & (distance >= 0)
+        return (mask if self.window is None else mask & (distance < self.window))[None, None]

@@ -164,9 +164,11 @@ def test_autocast_to_bfloat16(make_layer, inputs):
 # torch.compile itself makes an instance of autograd functions that it meets
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_whole(layer, inputs):
-    x = inputs(2, LENGTH)
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    assert_close(compiled(x), layer(x), 1e-10)
+    x = inputs(1, LENGTH)
+    for cu_seqlens in (None, torch.tensor(BOUNDS)):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert_close(compiled(x, cu_seqlens=cu_seqlens), layer(x, cu_seqlens=cu_seqlens), 1e-10)
 
 
 def test_mixers_describe_themselves():

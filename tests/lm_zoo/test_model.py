@@ -172,6 +172,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, tokens):
         model(ids, use_cache=True)
 
 
+# torch.compile itself makes an instance of autograd functions that it meets
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_training_step_compiles_whole(model, tokens):
+    ids = tokens(1, 12)
+    cu_seqlens = torch.tensor([0, 5, 12])
+    expected = torch.autograd.grad(model(ids, labels=ids, cu_seqlens=cu_seqlens).loss, model.parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    grads = torch.autograd.grad(compiled(ids, labels=ids, cu_seqlens=cu_seqlens).loss, model.parameters())
+    for a, b in zip(grads, expected, strict=True):
+        assert_close(a, b, 1e-10)
+
+
 def test_the_pattern_is_repeated_over_the_depth(make_model):
     model = make_model("hybrid", num_hidden_layers=5)
     kinds = [type(layer.mixer) for layer in model.model.layers]
