@@ -8,6 +8,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lm_zoo.cache import ZooCache
 from lm_zoo.config import ZooConfig
+from lm_zoo.kernels.checks import check_cu_seqlens
 from lm_zoo.layers import LayerState
 from lm_zoo.modules.loss import linear_cross_entropy
 from lm_zoo.modules.mlp import SwiGLU
@@ -55,6 +56,8 @@ class ZooModel(nn.Module):
         """Arguments as in `ZooForCausalLM.forward`; the cache, where one is given, takes in the tokens."""
         x = self._embed(input_ids, inputs_embeds)
         length = x.shape[1]
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
         _check_cache(past_key_values, len(self.layers), x.shape[0], cu_seqlens)
         self._check_checkpointing(past_key_values)
         padding = None
@@ -102,10 +105,12 @@ class ZooModel(nn.Module):
 class ZooForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model with any pattern of mixers.
 
-    model = ZooForCausalLM(ZooConfig.preset("gla-tiny"))
-    loss = model(input_ids, labels=input_ids).loss
-    model.generate(input_ids, max_new_tokens=20)
-    model.save_pretrained(folder); AutoModelForCausalLM.from_pretrained(folder)     # after `import lm_zoo`
+        model = ZooForCausalLM(ZooConfig.preset("gla-tiny"))
+        loss = model(input_ids, labels=input_ids).loss
+        model.generate(input_ids, max_new_tokens=20)
+        model.save_pretrained(folder); AutoModelForCausalLM.from_pretrained(folder)     # after `import lm_zoo`
+
+    `generate` takes all that transformers offers, but for assisted generation and caches other than `ZooCache`.
     """
 
     config_class = ZooConfig
@@ -167,9 +172,9 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0 is all.
             return_dict: whether to return an object (default) or a tuple.
         """
-        if use_cache and past_key_values is None:
-            given = input_ids if inputs_embeds is None else inputs_embeds
-            past_key_values = self.init_cache(given.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None and given is not None:
+            past_key_values = self.init_cache(given.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         hidden = self.model(
             input_ids,
             attention_mask,

@@ -277,6 +277,8 @@ def test_bad_input_names_the_argument(make_model, tokens):
     other = make_model("hybrid", num_hidden_layers=2)
     for arguments, error, message in [
         ({}, ValueError, "exactly one of input_ids and inputs_embeds"),
+        ({"use_cache": True}, ValueError, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": ids[:1], "cu_seqlens": [0, 4], "use_cache": True}, TypeError, "cu_seqlens must be a tensor"),
         ({"input_ids": ids[0]}, ValueError, r"input_ids must be \[B, T\] with at least one token, got \[4\]"),
         ({"input_ids": ids[:, :0]}, ValueError, "at least one token"),
         ({"inputs_embeds": ids}, ValueError, r"inputs_embeds must be \[B, T, D\]"),
