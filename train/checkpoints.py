@@ -66,8 +66,12 @@ class Checkpoints(Checkpoint):
             raise Interrupted(self._signum or signal.SIGTERM, self.path(trainer))
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """There is a checkpoint from just before the validation, so there is nothing to wait for."""
-        if self._handlers and trainer.strategy.reduce_boolean_decision(self._signum is not None, all=False):
+        """With a checkpoint from just before the validation there is nothing to wait for."""
+        if (
+            self._handlers
+            and self._saved_step == trainer.global_step
+            and trainer.strategy.reduce_boolean_decision(self._signum is not None, all=False)
+        ):
             raise Interrupted(self._signum or signal.SIGTERM, self.path(trainer))
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

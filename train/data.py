@@ -152,9 +152,7 @@ class TextData(L.LightningDataModule):
         num_batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches + 1
         return RowLoader(self.train_rows, order, num_batches, **self._loader_options)
 
-    def val_dataloader(self) -> DataLoader | list:
-        if not len(self.val_rows):
-            return []
+    def val_dataloader(self) -> DataLoader:
         rank, world_size = self._process["rank"], self._process["world_size"]
         mine = range(rank, len(self.val_rows) // world_size * world_size, world_size)  # as many in every process
         return DataLoader(
@@ -197,14 +195,14 @@ class TextData(L.LightningDataModule):
 
     def _check_rows(self) -> None:
         rows, needed = len(self.train_rows), self.batch_size * self._process["world_size"]
-        tokens = self.train_rows.selection.num_tokens
-        if tokens == 0 and self.val_rows.selection.num_tokens >= self.seq_len:
+        selection = self.train_rows.selection
+        if rows == 0 and len(selection.corpus) >= self.seq_len:
             raise UserError("the text is too short to hold a part of it out; set data.val_fraction to 0")
         if rows < needed:
-            short = "one row" if rows == 0 else f"one batch of {needed} rows"
+            tokens, short = (len(selection.corpus), "one row") if rows == 0 else (selection.num_tokens, "one batch")
             raise UserError(
-                f"the training text has {tokens:,} tokens, less than {short} of data.seq_len={self.seq_len}; "
-                "give more text, or lower data.seq_len or data.batch_size"
+                f"the training text has {tokens:,} tokens, less than {short} ({needed} rows of data.seq_len="
+                f"{self.seq_len} are a batch); give more text, or lower data.seq_len or data.batch_size"
             )
         if (self.val_source or self.val_fraction) and not len(self.val_rows):
             held_out = "" if self.val_source else f" held out by data.val_fraction={self.val_fraction}"

@@ -10,6 +10,7 @@ The run's folder then holds `model/` (a Hugging Face folder with its tokenizer),
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
         data.prepare_data()
     data.setup()
     module.zoo_config(data.tokenizer)
-    trainer.fit_loop.epoch_loop.max_steps = data.count_steps()
+    settle_length(trainer, data)
     describe(trainer, data)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if len(data.val_rows) and not MetricsFile(out).has_validation(trainer.global_step):
@@ -106,12 +107,18 @@ def check_run(trainer: L.Trainer, out: Path, checkpoint: Path | None) -> None:
         read_checkpoint(checkpoint, lazily=True)
     elif find_checkpoints(out / "checkpoints"):
         raise UserError(f"{out} already holds a run; continue it with --resume last, or choose another --out")
-    interval, accumulated = trainer.val_check_interval, trainer.accumulate_grad_batches
-    if isinstance(interval, int) and interval % accumulated:
-        raise UserError(
-            f"trainer.val_check_interval={interval} counts batches, and has to be a multiple of "
-            f"trainer.accumulate_grad_batches={accumulated}"
-        )
+
+
+def settle_length(trainer: L.Trainer, data: TextData) -> None:
+    """The run is one long pass of max_steps steps. Validations stand at step borders, where checkpoints do."""
+    trainer.fit_loop.epoch_loop.max_steps = data.count_steps()
+    accumulated, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
+    if isinstance(interval, float):  # a part of the run
+        interval = math.ceil(interval * trainer.max_steps * accumulated)
+    if isinstance(interval, int):
+        trainer.val_check_interval = math.ceil(interval / accumulated) * accumulated
+    if not len(data.val_rows):
+        trainer.limit_val_batches = 0
 
 
 @rank_zero_only

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from lm_zoo.train import Checkpoints
-from lm_zoo.train.checkpoints import find_checkpoints
 from lm_zoo.train.metrics import read_metrics
 
 

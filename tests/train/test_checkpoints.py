@@ -1,0 +1,142 @@
+"""Checkpoints are whole, stand at step borders, and one is left by Ctrl-C."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lm_zoo.errors import UserError
+from lm_zoo.train import Checkpoints, Interrupted
+from lm_zoo.train.checkpoints import find_checkpoints, read_checkpoint
+
+
+class Press(L.Callback):
+    """Presses Ctrl-C (or sends another signal) when the hook is called the n-th time."""
+
+    def __init__(self, hook: str, count: int = 1, *signals: int) -> None:
+        self.left, self.signals = count, signals or (signal.SIGINT,)
+        setattr(self, hook, self.press)
+
+    def press(self, *args, **kwargs) -> None:
+        self.left -= 1
+        if self.left == 0:
+            for signum in self.signals:
+                os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_amid_an_accumulation_waits_for_the_step(start_run, tmp_path, signum) -> None:
+    options = {"max_steps": 6, "accumulate_grad_batches": 3}
+    _, whole = start_run("whole", **options)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as interrupted:
+        start_run("parts", callbacks=[Press("on_train_batch_start", 8, signum)], **options)
+    assert interrupted.value.signum == signum
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert [path.name for path in find_checkpoints(tmp_path / "parts" / "checkpoints")] == ["step-00000003.ckpt"]
+    _, resumed = start_run("parts", resume="last", **options)
+    for (name, expected), actual in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(actual, expected), name
+
+
+def test_an_interrupt_during_validation_does_not_wait(start_run, tmp_path) -> None:
+    options = {"max_steps": 6, "val_check_interval": 2, "data": {"val_fraction": 0.1}}
+    _, whole = start_run("whole", **options)
+    seen = Press("on_validation_batch_end", 2)
+    with pytest.raises(Interrupted, match="step-00000002"):
+        start_run("parts", callbacks=[seen], **options)
+    assert seen.left == 0
+    _, resumed = start_run("parts", resume="last", **options)
+    assert torch.equal(resumed.model.lm_head.weight, whole.model.lm_head.weight)
+
+
+def test_a_second_interrupt_quits_at_once(start_run, tmp_path) -> None:
+    quit_now = Press("on_train_batch_start", 3, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(SystemExit):
+        start_run("run", callbacks=[quit_now], max_steps=6, checkpoints=Checkpoints(every_n_steps=1))
+    assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-00000001.ckpt",
+        "step-00000002.ckpt",
+    ]
+
+
+def test_ctrl_c_at_the_terminal(tmp_path: Path, text_file: Path) -> None:
+    """The command itself: exit code 130, a plain message, and the same command with --resume finishes the run."""
+    command = [
+        sys.executable, "-m", "lm_zoo.cli", "train", "--config", "gla-tiny", "--data.files", str(text_file),
+        "--data.cache_dir", str(tmp_path / "cache"), "--data.seq_len", "16", "--data.batch_size", "1",
+        "--model.config.hidden_size", "16", "--model.config.num_hidden_layers", "1", "--out", str(tmp_path / "run"),
+        "--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "100000", "--trainer.max_steps",
+    ]  # fmt: skip
+    with subprocess.Popen([*command, "50000"], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 3 "):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    (checkpoint,) = find_checkpoints(tmp_path / "run" / "checkpoints")
+    steps = read_checkpoint(checkpoint)["global_step"] + 2
+    done = subprocess.run(
+        [*command, str(steps), "--resume", "last"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"step {steps:,} of {steps:,}" in done.stderr
+    assert "Warning" not in done.stderr
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors")
+
+
+class FillDisk(L.Callback):
+    """From step `step` on, no file may grow beyond a few bytes: what a full disk looks like from here."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(start_run, tmp_path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(every_n_steps=2, keep=1)
+    try:
+        with pytest.raises(UserError, match=r"cannot save .*step-00000004.*earlier checkpoints are whole") as error:
+            start_run("run", max_steps=6, callbacks=[FillDisk(3)], checkpoints=checkpoints)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002.ckpt"]
+    trainer, _ = start_run("run", max_steps=6, resume="last", checkpoints=checkpoints)
+    assert trainer.global_step == 6
+
+
+def test_damaged_or_foreign_checkpoints_are_refused(start_run, tmp_path, tiny) -> None:
+    start_run("run", max_steps=2)
+    (checkpoint,) = find_checkpoints(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="already holds a run; continue it with --resume last"):
+        start_run("run", max_steps=4)
+    with pytest.raises(UserError, match=r"data.batch_size = 2, now it is 3"):
+        start_run("run", max_steps=4, resume="last", data={"batch_size": 3})
+    with pytest.raises(UserError, match=r"norm_eps=1e-06, this one 1e-05"):
+        start_run("run", max_steps=4, resume="last", model={"config": {**tiny, "norm_eps": 1e-5}})
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is damaged, or no checkpoint"):
+        start_run("run", max_steps=4, resume="last")
+    torch.save({"weights": torch.zeros(2)}, checkpoint)
+    with pytest.raises(UserError, match="no checkpoint of a training run"):
+        start_run("run", max_steps=4, resume=checkpoint)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        start_run("other", max_steps=4, resume="last")
+
+
+def test_only_the_newest_are_kept(start_run, tmp_path) -> None:
+    start_run("run", max_steps=5, checkpoints=Checkpoints(every_n_steps=1, keep=2))
+    names = [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000004.ckpt", "step-00000005.ckpt"]
