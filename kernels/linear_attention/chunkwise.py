@@ -182,9 +182,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, do, dfinal_state, *_):
     q, k, v, log_decay, beta, initial_state, cu_seqlens, A_qk, A_kk, T = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
-    gradients = chunkwise_backward(
-        do, dfinal_state, q, k, v, log_decay, beta, initial_state, cu_seqlens, A_qk, A_kk, T, ctx.scale, ctx.backend
-    )
+    saved = (q, k, v, log_decay, beta, initial_state, cu_seqlens, A_qk, A_kk, T)
+    with torch.autocast(q.device.type, enabled=False):  # a backward pass may be started inside one
+        gradients = chunkwise_backward(do, dfinal_state, *saved, ctx.scale, ctx.backend)
     inputs = (q, k, v, log_decay, beta, initial_state)
     gradients = [None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)]
     return *gradients, None, None, None, None

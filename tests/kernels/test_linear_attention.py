@@ -174,6 +174,15 @@ def test_compiles_without_a_graph_break(decay, delta, packed):
         assert_close(leaves[name].grad, expected[f"d{name}"], 1e-12, f"d{name}")
 
 
+def test_autocast_does_not_reach_inside():
+    inputs = make_inputs("scalar", True, T=70)
+    expected = run(inputs, "torch", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(inputs, "torch", torch.float32)  # forward and backward
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
 def test_custom_op_is_registered_faithfully():
     x = make_inputs("scalar", True, T=70)
     arguments = [x[name].requires_grad_() for name in ("q", "k", "v", "log_decay", "beta", "initial_state")]
