@@ -2,13 +2,26 @@
 
 from lm_zoo.layers.attention import SoftmaxAttention
 from lm_zoo.layers.base import LayerState, Mixer
+from lm_zoo.layers.deltanet import DeltaNet
 from lm_zoo.layers.gla import GatedLinearAttention
+from lm_zoo.layers.linear_attention import LinearAttention
 from lm_zoo.layers.retention import MultiScaleRetention
 
 MIXERS: dict[str, type[Mixer]] = {
     "retnet": MultiScaleRetention,
     "gla": GatedLinearAttention,
+    "linear_attention": LinearAttention,
+    "deltanet": DeltaNet,
     "attention": SoftmaxAttention,
 }
 
-__all__ = ["MIXERS", "GatedLinearAttention", "LayerState", "Mixer", "MultiScaleRetention", "SoftmaxAttention"]
+__all__ = [
+    "MIXERS",
+    "DeltaNet",
+    "GatedLinearAttention",
+    "LayerState",
+    "LinearAttention",
+    "Mixer",
+    "MultiScaleRetention",
+    "SoftmaxAttention",
+]

@@ -129,18 +129,23 @@ def recur(
     log_decay: Tensor | None = None,
     beta: Tensor | None = None,
     *,
+    scale: float | None = None,
+    micro_steps: int = 1,
     state: LayerState | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """`linear_attention` that continues from `state["S"]` and leaves the final state there."""
+    """`linear_attention` that continues from `state["S"]` and leaves the final state there.
+
+    A token may be `micro_steps` rows of q, k and v along time; `cu_seqlens` then counts rows.
+    """
     if state is None:
-        return linear_attention(q, k, v, log_decay, beta, cu_seqlens=cu_seqlens)[0]
-    if q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-        return linear_attention_step(q, k, v, log_decay, beta, state.writable("S"))
+        return linear_attention(q, k, v, log_decay, beta, scale=scale, cu_seqlens=cu_seqlens)[0]
+    if q.shape[1] == micro_steps and cu_seqlens is None and not torch.is_grad_enabled():
+        return linear_attention_step(q, k, v, log_decay, beta, state.writable("S"), scale=scale)
     # With gradients the op saves its initial state, which the write below would overwrite: hand it a copy.
     initial = state["S"].clone() if torch.is_grad_enabled() else state["S"]
     o, final = linear_attention(
-        q, k, v, log_decay, beta, initial_state=initial, output_final_state=True, cu_seqlens=cu_seqlens
+        q, k, v, log_decay, beta, scale=scale, initial_state=initial, output_final_state=True, cu_seqlens=cu_seqlens
     )
     state.write("S", final)
     return o

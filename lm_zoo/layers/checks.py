@@ -20,6 +20,11 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def head_size(hidden_size: int, num_heads: int, expand: float, name: str) -> int:
     """Channels per head when the layer is `expand` times as wide as its input; `name` is the argument of `expand`."""
     check_positive(name, expand)

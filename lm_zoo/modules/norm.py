@@ -1,4 +1,4 @@
-"""Root-mean-square norm over the last dimension, plain or followed by a gate."""
+"""Root-mean-square norm over the last dimension, plain or followed by a gate; and the plain length."""
 
 import torch
 import torch.nn.functional as F
@@ -31,3 +31,9 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.eps}"
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum x^2 + eps) over the last dimension: unit length, but zero stays zero. In float32 at least."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (y * torch.rsqrt(y.square().sum(dim=-1, keepdim=True) + eps)).to(x.dtype)
