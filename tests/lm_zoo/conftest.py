@@ -1,5 +1,7 @@
 """Small layers and models that the tests of this folder share."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -9,11 +11,22 @@ HIDDEN = 32
 VOCAB = 61
 
 # Every mixer at its defaults, and the variants that take other paths. A new mixer is covered by being registered.
-LAYERS = {name: (name, {"num_heads": 4}) for name in MIXERS} | {
+SMALL = {
+    name: {"num_heads": 4} if "num_heads" in inspect.signature(mixer).parameters else {}
+    for name, mixer in MIXERS.items()
+}
+LAYERS = {name: (name, SMALL[name]) for name in MIXERS} | {
     "attention-grouped": ("attention", {"num_heads": 4, "num_kv_heads": 2, "head_size": 6}),
+    "linear_attention-taylor": ("linear_attention", {"num_heads": 2, "feature_map": "taylor", "head_size": 4}),
+    "linear_attention-hedgehog": ("linear_attention", {"num_heads": 4, "feature_map": "hedgehog"}),
+    "linear_attention-t2r": ("linear_attention", {"num_heads": 4, "feature_map": "t2r"}),
+    "linear_attention-identity": (
+        "linear_attention",
+        {"num_heads": 4, "feature_map": "identity", "denominator": False},
+    ),
     "attention-window": ("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 6}),
 }
-PATTERNS = {name: {"mixers": {name: {"num_heads": 4}}, "pattern": [name]} for name in MIXERS} | {
+PATTERNS = {name: {"mixers": {name: SMALL[name]}, "pattern": [name]} for name in MIXERS} | {
     "hybrid": {
         "mixers": {
             "gla": {"num_heads": 2},

@@ -1,0 +1,100 @@
+"""Linear attention: a kernel's features in place of softmax, with the denominator that keeps it an average."""
+
+import torch
+from torch import Tensor, nn
+
+from lm_zoo.kernels.checks import check_option
+from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
+from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size
+from lm_zoo.modules.feature_maps import FEATURE_MAPS
+from lm_zoo.modules.norm import RMSNorm
+
+EPS = 1e-6  # added to the denominator, as in Katharopoulos's code: where no feature is active, 0 / 0 becomes 0
+
+
+class LinearAttention(Mixer):
+    r"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) with a choice of feature map phi.
+
+        S_t = S_{t-1} + phi(k_t) v_t^T       o_t = S_t^T phi(q_t) / (z_t . phi(q_t) + 1e-6)       per head
+        z_t = z_{t-1} + phi(k_t)             y_t = W_o o_t
+
+    and without the denominator, o_t = norm(S_t^T phi(q_t)), an RMS norm of each head (Qin et al. 2022, arXiv
+    2210.10340). q, k, v = W_q x, W_k x, W_v x.
+
+    Args:
+        hidden_size: D, size of the input and the output.
+        num_heads: H.
+        feature_map: "elu" (elu + 1), "relu", "squared_relu", "identity", "taylor" (Based, arXiv 2402.18668), "hedgehog"
+            (arXiv 2402.04347) or "t2r" (arXiv 2103.13076); the last two are learned, one for q and one for k.
+        denominator: whether to divide by the sum of the weights; not with "identity", whose weights have any sign.
+        head_size: K, channels of q and k per head; 16 for "taylor", else hidden_size / H if not given.
+        norm_eps: epsilon of the norm of the heads where there is no denominator.
+
+    The state is one float32 matrix `[B, H, features, V]`, whatever the length of the text; with the denominator it has
+    a last column z, since v := [v, 1] makes both sums in one call. These sums do not forget: they grow with the text
+    and are kept in float32, where each token adds a relative rounding error of 6e-8 at most and typically far less in
+    sum, as the errors are of either sign.
+    """
+
+    paper = "Katharopoulos et al. 2020, arXiv 2006.16236"
+    equation = "S_t = S_{t-1} + phi(k_t) v_t^T"
+    decay = "none"
+    update = "additive"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 4,
+        *,
+        feature_map: str = "elu",
+        denominator: bool = True,
+        head_size: int | None = None,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("num_heads", num_heads)
+        check_option("feature_map", feature_map, tuple(FEATURE_MAPS))
+        check_flag("denominator", denominator)
+        if denominator and not FEATURE_MAPS[feature_map].positive:
+            raise ValueError(
+                f"denominator must be false with feature_map = {feature_map!r}: a sum of weights of any sign can be 0"
+            )
+        check_positive("norm_eps", norm_eps)
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads = {num_heads} does not divide hidden_size = {hidden_size}: change one of them")
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.value_size = hidden_size // num_heads
+        if head_size is None:
+            head_size = 16 if feature_map == "taylor" else self.value_size
+        check_size("head_size", head_size)
+        self.key_size = head_size
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_heads * head_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.q_map = FEATURE_MAPS[feature_map](num_heads, head_size)
+        self.k_map = FEATURE_MAPS[feature_map](num_heads, head_size)
+        self.norm = None if denominator else RMSNorm(self.value_size, eps=norm_eps)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
+        device, dtype = self._placement(device, dtype)
+        columns = self.value_size + (self.norm is None)
+        return LayerState({"S": recurrent_state(batch_size, self.num_heads, self.q_map.size, columns, device, dtype)})
+
+    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        check_input(x, self.hidden_size, state, cu_seqlens)
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.q_map(q), self.k_map(k)
+        # All in float32: the sums of a long text overflow float16, and in bfloat16 their quotient is coarse.
+        wide = v.to(q.dtype)
+        if self.norm is not None:
+            o = self.norm(recur(q, k, wide, state=state, cu_seqlens=cu_seqlens))
+        else:
+            wide = torch.cat([wide, torch.ones_like(wide[..., :1])], dim=-1)
+            o = recur(q, k, wide, scale=1.0, state=state, cu_seqlens=cu_seqlens)
+            o = o[..., :-1] / (o[..., -1:] + EPS)
+        return self.o_proj(o.flatten(2).to(v.dtype))
