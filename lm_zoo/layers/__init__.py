@@ -3,6 +3,7 @@
 from lm_zoo.layers.attention import SoftmaxAttention
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.deltanet import DeltaNet
+from lm_zoo.layers.gated_deltanet import GatedDeltaNet
 from lm_zoo.layers.gla import GatedLinearAttention
 from lm_zoo.layers.linear_attention import LinearAttention
 from lm_zoo.layers.retention import MultiScaleRetention
@@ -12,12 +13,14 @@ MIXERS: dict[str, type[Mixer]] = {
     "gla": GatedLinearAttention,
     "linear_attention": LinearAttention,
     "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
     "attention": SoftmaxAttention,
 }
 
 __all__ = [
     "MIXERS",
     "DeltaNet",
+    "GatedDeltaNet",
     "GatedLinearAttention",
     "LayerState",
     "LinearAttention",
