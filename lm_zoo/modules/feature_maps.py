@@ -72,7 +72,7 @@ class Taylor(FeatureMap):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x) * self.key_size**-0.25
         i, j = torch.triu_indices(self.key_size, self.key_size, device=x.device)
-        weight = torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+        weight = x.new_ones(len(i)).masked_fill(i == j, 0.5**0.5)
         return torch.cat([torch.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * weight], dim=-1)
 
 

@@ -1,0 +1,139 @@
+"""The additive matrix-state layers against their papers' equations in float64, and after 100,000 tokens."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_close
+
+from lm_zoo.kernels import linear_attention_step
+from lm_zoo.layers.linear_attention import LinearAttention
+
+B, T, D, H = 2, 11, 24, 2
+LONG = 100_000
+
+
+def draw(*shape, seed=3, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def x():
+    return draw(B, T, D)
+
+
+def heads(x, count=H):
+    return x.unflatten(-1, (count, -1))
+
+
+def rms_norm(x, weight, eps=1e-5):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def randomize(layer, seed=0):
+    """Every parameter random, so that none hides behind an initial 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+    return layer
+
+
+def exponential_features(y):  # softmax over [y, -y], written as exponentials over their sum
+    both = torch.cat([y.exp(), (-y).exp()], dim=-1)
+    return both / both.sum(-1, keepdim=True)
+
+
+KERNELS = {
+    "elu": lambda y: torch.where(y > 0, y + 1, y.exp()),
+    "relu": lambda y: y * (y > 0),
+    "squared_relu": lambda y: y * y * (y > 0),
+    "identity": lambda y: y,
+}
+
+
+def weights(layer, name, q, k):
+    """phi(q_t) . phi(k_s) for all pairs, `[B, H, T, T]`."""
+    if name == "taylor":
+        s = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.shape[-1])
+        return 1 + s + s * s / 2
+    if name in ("hedgehog", "t2r"):
+        q, k = (
+            torch.stack([y[:, :, h] @ m.weight[h].T for h in range(H)], dim=2)
+            for y, m in ((q, layer.q_map), (k, layer.k_map))
+        )
+        if name == "t2r":
+            q, k = (y + m.bias for y, m in ((q, layer.q_map), (k, layer.k_map)))
+    phi = {"hedgehog": exponential_features, "t2r": KERNELS["relu"]}.get(name) or KERNELS[name]
+    return torch.einsum("bthk,bshk->bhts", phi(q), phi(k))
+
+
+@pytest.mark.parametrize("denominator", [True, False], ids=["denominator", "norm"])
+@pytest.mark.parametrize("name", ["elu", "relu", "squared_relu", "identity", "taylor", "hedgehog", "t2r"])
+def test_linear_attention_as_weighted_averages(x, name, denominator):
+    denominator = denominator and name != "identity"
+    layer = randomize(LinearAttention(D, H, feature_map=name, denominator=denominator)).double()
+    assert layer.key_size == (16 if name == "taylor" else 12)
+    q, k, v = (heads(F.linear(x, proj.weight)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    w = weights(layer, name, q, k).tril()
+    o = torch.einsum("bhts,bshv->bthv", w, v)
+    if denominator:
+        o = o / (w.sum(-1).transpose(1, 2)[..., None] + 1e-6)
+    else:
+        o = rms_norm(o / math.sqrt(layer.q_map.size), layer.norm.weight)
+    assert_close(layer(x), o.flatten(2) @ layer.o_proj.weight.T, 1e-12)
+
+
+def test_taylor_features_are_half_of_the_paper_s():
+    layer = LinearAttention(64, feature_map="taylor")
+    assert layer.q_map.size == 1 + 16 + 16 * 17 // 2
+    assert layer.init_state(1)["S"].shape == (1, 4, 153, 17)
+
+
+def test_no_active_feature_gives_zero_and_finite_gradients(x):
+    layer = LinearAttention(D, H, feature_map="relu").double()
+    torch.nn.init.zeros_(layer.q_proj.weight)
+    y = layer(x)
+    assert not y.any()
+    y.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["elu", "taylor", "hedgehog"])
+def test_linear_attention_after_100_000_tokens(name):
+    """Decoded in float32 token by token, against sums in float64."""
+    layer = randomize(LinearAttention(8, 1, feature_map=name, head_size=4))
+    x = draw(1, LONG + 3, 8, dtype=torch.float32) + 0.5  # an offset: sums that cancel would hide what is lost
+    state = layer.init_state(1)
+    with torch.no_grad():
+        q, k, v = (p(x).unflatten(-1, (1, -1)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+        q, k, v = layer.q_map(q), layer.k_map(k), torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+        linear_attention_step(*(y[:, :LONG] for y in (q, k, v)), None, None, state["S"], scale=1.0)
+        decoded = torch.cat([layer(x[:, t : t + 1], state=state) for t in range(LONG, LONG + 3)], dim=1)
+        S = torch.einsum("btk,btv->tkv", k[:, :, 0].double(), v[:, :, 0].double()).cumsum(0)[LONG:]
+        o = torch.einsum("tkv,tk->tv", S, q[0, LONG:, 0].double())
+    expected = (o[:, :-1] / o[:, -1:]) @ layer.o_proj.weight.double().T
+    assert_close(decoded[0], expected, 1e-4, "decoded")
+
+    state = layer.init_state(1)
+    with torch.no_grad():
+        for part in x[:, :LONG].split(20_000, dim=1):
+            layer(part, state=state)
+        prefilled = torch.cat([layer(x[:, t : t + 1], state=state) for t in range(LONG, LONG + 3)], dim=1)
+    assert_close(prefilled[0], expected, 1e-4, "prefilled")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "error", "message"),
+    [
+        (LinearAttention, {"num_heads": 5}, ValueError, "num_heads = 5 does not divide hidden_size = 24"),
+        (LinearAttention, {"feature_map": "exp"}, ValueError, "feature_map must be one of 'elu', .*, got 'exp'"),
+        (LinearAttention, {"feature_map": "identity"}, ValueError, "denominator must be false with feature_map"),
+        (LinearAttention, {"denominator": 1}, TypeError, "denominator must be True or False, got 1"),
+        (LinearAttention, {"head_size": 0}, ValueError, "head_size must be at least 1"),
+        (LinearAttention, {"norm_eps": 0.0}, ValueError, "norm_eps must be positive"),
+    ],
+)
+def test_impossible_options_are_rejected_at_once(mixer, options, error, message):
+    with pytest.raises(error, match=message):
+        mixer(D, **options)
