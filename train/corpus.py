@@ -11,8 +11,9 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -21,17 +22,27 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from lm_zoo.train.files import whole_folder
-from lm_zoo.train.sources import Source
+from lm_zoo.train.sources import ROWS_PER_BATCH, Source
+from lm_zoo.train.tokenizers import vocabulary_size
+
+Encode = Callable[[dict[str, list]], dict[str, list]]
 
 FORMAT = 1  # raise it when the columns below change: older caches are then made anew
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),  # a document's last piece ends with the end-of-text token
-        "num_bytes": datasets.Value("int64"),  # of UTF-8 text
-        "starts_document": datasets.Value("bool"),
-        "key": datasets.Value("int64"),  # a hash of the text in [0, 2^63); the first piece's stands for its document
-    }
-)
+
+
+def features(tokenizer: PreTrainedTokenizerBase) -> datasets.Features:
+    """The columns; a row is a piece of text, and a document's last piece ends with the end-of-text token.
+
+    `key` is a hash of the text in [0, 2^63); the one of its first piece stands for a document.
+    """
+    return datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("uint16" if vocabulary_size(tokenizer) <= 2**16 else "int32")),
+            "num_bytes": datasets.Value("int64"),
+            "starts_document": datasets.Value("bool"),
+            "key": datasets.Value("int64"),
+        }
+    )
 
 
 def tokenise(
@@ -52,11 +63,13 @@ def tokenise(
         return folder
     encode = functools.partial(_encode, source=source, tokenizer=tokenizer)
     with whole_folder(folder) as unfinished, _progress_bar():
-        rows = source.rows()
+        rows = source.rows(scratch := unfinished / "rows")
         if isinstance(rows, datasets.IterableDataset):
-            _write_stream(rows.iter(source.rows_per_batch), encode, unfinished, max_tokens)
+            schema = features(tokenizer).arrow_schema
+            _write_stream(rows.iter(ROWS_PER_BATCH), encode, schema, unfinished, max_tokens)
         else:
-            _write_all(rows, encode, unfinished, source.rows_per_batch, num_proc)
+            _write_all(rows, encode, features(tokenizer), unfinished, num_proc)
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -101,7 +114,7 @@ def _encode(rows: dict[str, list], *, source: Source, tokenizer: PreTrainedToken
     end_of_text = [tokenizer.eos_token_id]
     return {
         "input_ids": [
-            np.array(encoding.ids + (end_of_text if piece.ends_document else []), dtype=np.int32)
+            np.array(encoding.ids + (end_of_text if piece.ends_document else []))
             for encoding, piece in zip(encodings, pieces, strict=True)
         ],
         "num_bytes": [len(text) for text in raw],
@@ -110,14 +123,20 @@ def _encode(rows: dict[str, list], *, source: Source, tokenizer: PreTrainedToken
     }
 
 
-def _write_all(rows: datasets.Dataset, encode, folder: Path, rows_per_batch: int, num_proc: int | None) -> None:
+def _write_all(
+    rows: datasets.Dataset,
+    encode: Encode,
+    columns: datasets.Features,
+    folder: Path,
+    num_proc: int | None,
+) -> None:
     with _one_level_of_parallelism(num_proc):
         rows.map(
             encode,
             batched=True,
-            batch_size=rows_per_batch,
+            batch_size=ROWS_PER_BATCH,
             remove_columns=rows.column_names,
-            features=FEATURES,
+            features=columns,
             num_proc=num_proc,
             cache_file_name=str(folder / "tokens.arrow"),
             new_fingerprint=folder.name.strip(".").replace("-", ""),
@@ -125,8 +144,9 @@ def _write_all(rows: datasets.Dataset, encode, folder: Path, rows_per_batch: int
         )
 
 
-def _write_stream(batches: Iterator[dict], encode, folder: Path, max_tokens: int | None) -> None:
-    schema = FEATURES.arrow_schema
+def _write_stream(
+    batches: Iterator[dict], encode: Encode, schema: pa.Schema, folder: Path, max_tokens: int | None
+) -> None:
     count = 0
     with pa.OSFile(str(folder / "tokens.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for rows in datasets.utils.tqdm(batches, desc="Tokenising", unit=" batches"):

@@ -17,7 +17,7 @@ from lm_zoo.train.corpus import Corpus, tokenise
 from lm_zoo.train.files import whole_folder
 from lm_zoo.train.order import RowLoader, RowOrder
 from lm_zoo.train.packing import Rows, Selection, collate_documents, collate_rows, hold_out
-from lm_zoo.train.sources import Source, Table, file_source, find_files
+from lm_zoo.train.sources import ROWS_PER_BATCH, Source, Table, file_source, find_files
 from lm_zoo.train.tokenizers import SMALLEST_BPE, load_tokenizer, train_bpe
 
 BPE_SAMPLE_BYTES = 2**28  # a tokenizer that is trained sees at most the first 256 MB of the training text
@@ -245,7 +245,7 @@ def _files(names: str | list[str]) -> tuple[Path, ...]:
 def _sample(source: Source) -> Iterator[str]:
     """The first texts of a source, BPE_SAMPLE_BYTES of them."""
     left = BPE_SAMPLE_BYTES
-    for rows in source.rows().iter(source.rows_per_batch):
+    for rows in source.rows().iter(ROWS_PER_BATCH):
         for piece in source.pieces(rows):
             yield piece.text
             left -= len(piece.text)

@@ -1,7 +1,7 @@
 """Where text comes from: text files, or tables with a text column (JSON lines, parquet, any `datasets` name).
 
-A source is read as *pieces* of documents. A table row is a document of one piece; a text file is cut, at line borders,
-into pieces of about 4 kB, so that a file of any size is tokenised in little memory and by several processes.
+A source is read as *pieces* of documents of about 4 kB, cut at the borders of lines, so that a text of any size is
+tokenised in little memory and by several processes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import glob
 import mmap
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -18,6 +18,7 @@ import datasets
 from lm_zoo.errors import UserError
 
 PIECE_BYTES = 2**12
+ROWS_PER_BATCH = 256  # that are tokenised at a time
 TABLES = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 # Where a document is cut into pieces: at a line or a word, where the usual tokenizers join nothing anyway.
 BORDERS = (re.compile(rb"(?<=\n)(?=\S)"), re.compile(rb"(?<=\S)(?= \S)"))
@@ -36,12 +37,11 @@ class TextFiles:
 
     files: tuple[Path, ...]
     separator: str | None = None
-    rows_per_batch: int = field(default=64, init=False)
 
     def identity(self) -> list:
         return ["text", self.separator, PIECE_BYTES, [_file_identity(file) for file in self.files]]
 
-    def rows(self) -> datasets.Dataset:
+    def rows(self, scratch: Path | None = None) -> datasets.Dataset:
         """One row per piece: where it lies. The text itself is read by the process that tokenises it."""
         columns: dict[str, list] = {"file": [], "start": [], "end": [], "starts_document": [], "ends_document": []}
         for file in self.files:
@@ -76,20 +76,21 @@ class Table:
     split: str = "train"
     text_column: str = "text"
     streaming: bool = False
-    rows_per_batch: int = field(default=256, init=False)
 
     def identity(self) -> list:
         folder = Path(self.name)
         files = self.files or (sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else ())
-        options = [self.name, self.config, self.split, self.text_column]
+        options = [self.name, self.config, self.split, self.text_column, PIECE_BYTES]
         return ["table", *options, [_file_identity(file) for file in files]]
 
-    def rows(self) -> datasets.Dataset | datasets.IterableDataset:
+    def rows(self, scratch: Path | None = None) -> datasets.Dataset | datasets.IterableDataset:
+        """The text column. Local files are copied to Arrow in the folder `scratch`; without one they are streamed."""
         files = [str(file) for file in self.files] or None
+        options = {"streaming": self.streaming or (files is not None and scratch is None)}
+        if files is not None and not options["streaming"]:
+            options["cache_dir"] = str(scratch)
         try:
-            rows = datasets.load_dataset(
-                self.name, self.config, data_files=files, split=self.split, streaming=self.streaming
-            )
+            rows = datasets.load_dataset(self.name, self.config, data_files=files, split=self.split, **options)
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
             reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
@@ -108,8 +109,9 @@ class Table:
                     f"{self._what()}: column {self.text_column!r} holds {type(text).__name__}, expected text; "
                     "set data.text_column"
                 )
-            if text:
-                yield Piece(text, starts_document=True, ends_document=True)
+            raw = text.encode()
+            for start, end in _cut(raw, 0, len(raw)):
+                yield Piece(raw[start:end].decode(), start == 0, end == len(raw))
 
     def _what(self) -> str:
         return _and_more(self.files) if self.files else f"the dataset {self.name!r}"
@@ -176,11 +178,8 @@ def _file_pieces(file: Path, separator: str | None) -> Iterator[tuple[int, int, 
         return
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         for first, last in _documents(text, separator):
-            start = first
-            while start < last:
-                end = _piece_end(text, start, last)
+            for start, end in _cut(text, first, last):
                 yield start, end, start == first, end == last
-                start = end
 
 
 def _documents(text: mmap.mmap, separator: str | None) -> Iterator[tuple[int, int]]:
@@ -196,7 +195,15 @@ def _documents(text: mmap.mmap, separator: str | None) -> Iterator[tuple[int, in
         start = end + len(mark)
 
 
-def _piece_end(text: mmap.mmap, start: int, last: int) -> int:
+def _cut(text: mmap.mmap | bytes, start: int, last: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each piece of text[start:last]."""
+    while start < last:
+        end = _piece_end(text, start, last)
+        yield start, end
+        start = end
+
+
+def _piece_end(text: mmap.mmap | bytes, start: int, last: int) -> int:
     """The first line border after PIECE_BYTES, else the first word border, else a border between two characters."""
     if last - start <= PIECE_BYTES:
         return last
