@@ -109,8 +109,8 @@ class ZooConfig(PreTrainedConfig):
             with torch.device("meta"):  # a trial without memory: each layer knows best what it cannot be
                 self.build_mixer(name)
 
-    def build_mixer(self, name: str) -> Mixer:
-        """A new layer, as `mixers[name]` says."""
+    def build_mixer(self, name: str, layer_index: int = 0) -> Mixer:
+        """A new layer, as `mixers[name]` says, for block `layer_index` where its place in the depth matters."""
         options = self.mixers[name]
         if not isinstance(options, dict):
             raise TypeError(f"mixers[{name!r}] must hold keyword arguments, {{}} if there are none, got {options!r}")
@@ -124,6 +124,9 @@ class ZooConfig(PreTrainedConfig):
                 raise ValueError(f"unknown option {option!r} for the mixer {kind!r}{suggest(option, known)}")
         if "norm_eps" in known:
             options.setdefault("norm_eps", self.norm_eps)
+        if "layer_index" in known:
+            options.setdefault("layer_index", layer_index)
+            options.setdefault("num_layers", self.num_hidden_layers)
         try:
             return MIXERS[kind](self.hidden_size, **options)
         except (TypeError, ValueError) as error:

@@ -21,10 +21,10 @@ IGNORE = -100  # the label of tokens that do not count
 class Block(GradientCheckpointingLayer):
     """x <- x + mixer(norm(x)),  x <- x + mlp(norm(x))"""
 
-    def __init__(self, config: ZooConfig, mixer: str):
+    def __init__(self, config: ZooConfig, index: int):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mixer = config.build_mixer(mixer)
+        self.mixer = config.build_mixer(config.pattern[index % len(config.pattern)], index)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -39,9 +39,7 @@ class ZooModel(nn.Module):
     def __init__(self, config: ZooConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, config.pattern[i % len(config.pattern)]) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(

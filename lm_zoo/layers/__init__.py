@@ -5,15 +5,19 @@ from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.deltanet import DeltaNet
 from lm_zoo.layers.gated_deltanet import GatedDeltaNet
 from lm_zoo.layers.gla import GatedLinearAttention
+from lm_zoo.layers.lightning import LightningAttention
 from lm_zoo.layers.linear_attention import LinearAttention
+from lm_zoo.layers.mamba2 import Mamba2
 from lm_zoo.layers.retention import MultiScaleRetention
 
 MIXERS: dict[str, type[Mixer]] = {
     "retnet": MultiScaleRetention,
     "gla": GatedLinearAttention,
     "linear_attention": LinearAttention,
+    "lightning": LightningAttention,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
+    "mamba2": Mamba2,
     "attention": SoftmaxAttention,
 }
 
@@ -23,7 +27,9 @@ __all__ = [
     "GatedDeltaNet",
     "GatedLinearAttention",
     "LayerState",
+    "LightningAttention",
     "LinearAttention",
+    "Mamba2",
     "Mixer",
     "MultiScaleRetention",
     "SoftmaxAttention",

@@ -25,6 +25,14 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_depth(layer_index: object, num_layers: object) -> None:
+    check_size("num_layers", num_layers)
+    if isinstance(layer_index, bool) or not isinstance(layer_index, int):
+        raise TypeError(f"layer_index must be an integer, got {layer_index!r}")
+    if not 0 <= layer_index < num_layers:
+        raise ValueError(f"layer_index must be in [0, num_layers = {num_layers}), got {layer_index}")
+
+
 def head_size(hidden_size: int, num_heads: int, expand: float, name: str) -> int:
     """Channels per head when the layer is `expand` times as wide as its input; `name` is the argument of `expand`."""
     check_positive(name, expand)

@@ -4,7 +4,9 @@ Nothing is kept in buffers: a table would have to grow with the longest text, an
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lm_zoo.modules.init import fill_
 
 
 def token_positions(
@@ -49,3 +51,28 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0) -> Tensor:
     left, right = x.to(dtype).chunk(2, dim=-1)
     turned = [torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)]
     return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+class LearnedRotary(nn.Module):
+    r"""LRPE of TransNormer (Qin et al. 2022, arXiv 2210.10340): x at position p is [x cos(p theta), x sin(p theta)].
+
+    The dot product of two such is sum_d q_d k_d cos(theta_d (t - s)): twice the channels, and every channel has its own
+    angle, learned, at first 10000^(-2j / (H K)) over the channels of all heads.
+    """
+
+    def __init__(self, num_heads: int, size: int):
+        super().__init__()
+        self.theta = nn.Parameter(torch.empty(num_heads, size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        channels = torch.arange(self.theta.numel(), device=self.theta.device, dtype=torch.float32)
+        fill_(self.theta, (10000.0 ** (-2 / len(channels) * channels)).view_as(self.theta))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`[B, T, H, K]` and `[B or 1, T]` to `[B, T, H, 2 K]`."""
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # as in `rotary`
+        angles = positions[..., None, None] * self.theta.to(wide)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat([x * cos, x * sin], dim=-1).to(x.dtype)

@@ -14,15 +14,22 @@ VOCAB = 61
 SMALL = {
     name: {"num_heads": 4} if "num_heads" in inspect.signature(mixer).parameters else {}
     for name, mixer in MIXERS.items()
-}
+} | {"mamba2": {"head_size": 16, "state_size": 12}}
 LAYERS = {name: (name, SMALL[name]) for name in MIXERS} | {
     "attention-grouped": ("attention", {"num_heads": 4, "num_kv_heads": 2, "head_size": 6}),
+    "lightning-deep": ("lightning", {"num_heads": 4, "layer_index": 2, "num_layers": 3, "gate": "sigmoid"}),
     "linear_attention-taylor": ("linear_attention", {"num_heads": 2, "feature_map": "taylor", "head_size": 4}),
     "linear_attention-hedgehog": ("linear_attention", {"num_heads": 4, "feature_map": "hedgehog"}),
     "linear_attention-t2r": ("linear_attention", {"num_heads": 4, "feature_map": "t2r"}),
     "linear_attention-identity": (
         "linear_attention",
         {"num_heads": 4, "feature_map": "identity", "denominator": False},
+    ),
+    "deltanet-negative": ("deltanet", {"num_heads": 2, "allow_negative_eigenvalues": True, "use_gate": True}),
+    "gated_deltanet-grouped": ("gated_deltanet", {"num_heads": 2, "num_value_heads": 4, "expand_v": 1.0}),
+    "mamba2-negative": (
+        "mamba2",
+        {"head_size": 8, "state_size": 6, "num_groups": 2, "allow_negative_eigenvalues": True},
     ),
     "attention-window": ("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 6}),
 }

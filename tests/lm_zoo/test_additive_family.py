@@ -6,8 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close
+from transformers import MiniMaxConfig
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
+from lm_zoo import ZooConfig, ZooForCausalLM
 from lm_zoo.kernels import linear_attention_step
+from lm_zoo.layers.lightning import LightningAttention
 from lm_zoo.layers.linear_attention import LinearAttention
 
 B, T, D, H = 2, 11, 24, 2
@@ -123,9 +127,87 @@ def test_linear_attention_after_100_000_tokens(name):
     assert_close(prefilled[0], expected, 1e-4, "prefilled")
 
 
+def lightning_slopes(layer, count, index):
+    """As TransNormerLLM's code has them: those of ALiBi for a power of two heads, less with the depth."""
+    depth = 1 - index / (count - 1) if count > 1 else 1
+    return [2 ** (-8 * (h + 1) / H) * depth for h in range(H)]
+
+
+@pytest.mark.parametrize(("index", "count"), [(0, 1), (0, 4), (2, 4), (3, 4)])
+def test_lightning_attention_in_its_parallel_form(x, index, count):
+    layer = randomize(LightningAttention(D, H, layer_index=index, num_layers=count)).double()
+    q, k, v = (heads(F.linear(x, proj.weight)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = F.silu(q), F.silu(k)
+    time = torch.arange(T, dtype=torch.float64)
+    distance = time[:, None] - time
+    assert (layer.lrpe is not None) == (index == 0)
+    outputs = []
+    for h, slope in enumerate(lightning_slopes(layer, count, index)):
+        turn = torch.ones(T, T, D // H, dtype=torch.float64)
+        if index == 0:
+            turn = (distance[..., None] * layer.lrpe.theta[h]).cos()
+        w = torch.einsum("btk,bsk,tsk->bts", q[:, :, h], k[:, :, h], turn) * (-slope * distance).exp()
+        outputs.append(w.tril() @ v[:, :, h])
+    y = rms_norm(torch.cat(outputs, dim=-1), layer.norm.weight) * (x @ layer.gate_proj.weight.T)
+    # the authors' 1e-5 beside the depth is left out above
+    assert_close(layer(x), y @ layer.o_proj.weight.T, 1e-5)
+
+
+def test_lightning_angles_start_as_in_the_paper():
+    theta = LightningAttention(64, 4).lrpe.theta.detach().flatten()
+    assert_close(theta, torch.tensor([10000 ** (-2 * j / 64) for j in range(64)]), 1e-6)
+    assert not list(LightningAttention(64, 4, layer_index=1, num_layers=2).buffers())
+
+
+@pytest.mark.parametrize(("index", "count"), [(0, 3), (1, 3), (2, 3)])
+def test_lightning_attention_equals_minimax(index, count):
+    """transformers' MiniMax-01 layer with the same weights: whole, with gradients, and from its own state."""
+    config = MiniMaxConfig(
+        hidden_size=D, num_attention_heads=H, num_key_value_heads=H, head_dim=D // H, num_hidden_layers=count,
+        block_size=4, layer_types=["linear_attention"] * count, hidden_act="silu",
+    )  # fmt: skip
+    theirs = randomize(MiniMaxLightningAttention(config, index)).double()
+    theirs.slope_rate = theirs.get_slope_rate().double()
+    theirs.query_decay, theirs.key_decay, theirs.diagonal_decay = theirs.decay_factors(theirs.slope_rate)
+    layer = LightningAttention(
+        D, H, lrpe=False, gate="sigmoid", silu_values=True, layer_index=index, num_layers=count, norm_eps=1e-6
+    ).double()
+    qkv = theirs.qkv_proj.weight.detach().view(H, 3, D // H, D)
+    with torch.no_grad():
+        for i, projection in enumerate((layer.q_proj, layer.k_proj, layer.v_proj)):
+            projection.weight.copy_(qkv[:, i].reshape(D, D))
+        layer.gate_proj.weight.copy_(theirs.output_gate.weight)
+        layer.norm.weight.copy_(theirs.norm.weight)
+        layer.o_proj.weight.copy_(theirs.out_proj.weight)
+    x = draw(B, T, D).requires_grad_()
+    expected, final = theirs(x, None, None)
+    state = layer.init_state(B)
+    y = layer(x, state=state)
+    assert_close(y, expected, 1e-6)  # theirs are products of float32 slopes
+    assert_close(state["S"], final, 1e-6)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    assert_close(grad, expected_grad, 1e-5)
+
+
+def test_a_model_tells_its_layers_their_depth():
+    config = ZooConfig(
+        vocab_size=7, hidden_size=16, num_hidden_layers=4, mixers={"lightning": {"num_heads": 2}, "gla": {}},
+        pattern=["gla", "lightning"],
+    )  # fmt: skip
+    layers = [block.mixer for block in ZooForCausalLM(config).model.layers]
+    assert [(layer.layer_index, layer.num_layers) for layer in layers[1::2]] == [(1, 4), (3, 4)]
+
+
 @pytest.mark.parametrize(
     ("mixer", "options", "error", "message"),
     [
+        (LightningAttention, {"num_heads": 5}, ValueError, "num_heads = 5 does not divide hidden_size = 24"),
+        (LightningAttention, {"lrpe": "no"}, TypeError, "lrpe must be True or False"),
+        (LightningAttention, {"gate": "relu"}, ValueError, "gate must be one of 'linear', 'sigmoid', got 'relu'"),
+        (LightningAttention, {"layer_index": 1}, ValueError, r"layer_index must be in \[0, num_layers = 1\), got 1"),
+        (LightningAttention, {"layer_index": 1.0}, TypeError, "layer_index must be an integer"),
+        (LightningAttention, {"num_layers": 0}, ValueError, "num_layers must be at least 1"),
         (LinearAttention, {"num_heads": 5}, ValueError, "num_heads = 5 does not divide hidden_size = 24"),
         (LinearAttention, {"feature_map": "exp"}, ValueError, "feature_map must be one of 'elu', .*, got 'exp'"),
         (LinearAttention, {"feature_map": "identity"}, ValueError, "denominator must be false with feature_map"),

@@ -73,7 +73,7 @@ def test_round_trip(tmp_path):
         ({"mixers": {}}, TypeError, "mixers must map names"),
         ({"mixers": {"gla": None}}, TypeError, r"mixers\['gla'\] must hold keyword arguments, {} if there are none"),
         ({"mixers": {"retnt": {}}}, ValueError, r"'retnt', which is no mixer of lm_zoo \(did you mean 'retnet'\?\)"),
-        ({"mixers": {"mine": {"type": "rnn"}}}, ValueError, "'rnn', which is no mixer.*known: attention, gla, retnet"),
+        ({"mixers": {"mine": {"type": "rnn"}}}, ValueError, "'rnn', which is no mixer.*known: attention, .*gla, .*retnet"),
         ({"mixers": {"mine": {"type": 3}}}, ValueError, "mixers has 3, which is no mixer"),
         ({"mixers": {"gla": {"heads": 4}}}, ValueError, "unknown option 'heads' for the mixer 'gla'.*known: expand_k"),
         ({"mixers": {"gla": {"hidden_size": 4}}}, ValueError, "unknown option 'hidden_size' for the mixer 'gla'"),
@@ -95,7 +95,7 @@ def test_wrong_options_are_named(options, error, message):
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(ValueError, match=r"no preset 'gla-tny' \(did you mean 'gla-tiny'\?\); known: gla-340m"):
+    with pytest.raises(ValueError, match=r"no preset 'gla-tny' \(did you mean 'gla-tiny'\?\); known: .*gla-340m"):
         ZooConfig.preset("gla-tny")
 
 
