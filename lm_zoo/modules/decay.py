@@ -1,12 +1,18 @@
-"""The input-dependent decay of selective state spaces, which Mamba-2, Gated DeltaNet and KDA share."""
+"""The input-dependent decays of selective state spaces, positive (Mamba-2, Gated DeltaNet, KDA) or of either sign."""
+
+from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_zoo.modules.init import fill_
+
+if TYPE_CHECKING:
+    from lm_zoo.layers.base import LayerState
 
 
 class SoftplusDecay(nn.Module):
@@ -39,11 +45,39 @@ class SoftplusDecay(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
 
-    def log_decay(self, dt: Tensor) -> Tensor:
+    def of(self, dt: Tensor) -> Tensor:
         """log a of the time step `dt`."""
         rate = self.A_log.to(dt.dtype).exp()
         return -dt * (rate if self.dt_bias.dim() == 1 else rate[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """log a of x."""
-        return self.log_decay(self.time_step(x))
+        return self.of(self.time_step(x))
+
+
+def stretched(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the decay a = 2 exp(g) - 1 in (-1, 1]: log |a|, and where a < 0."""
+    decay = log_decay.exp()
+    # |a| = 1 - 2 min(1 - e^g, e^g), without cancellation at both ends. In between a may come out as 0, where log |a|
+    # and its slope are infinite; the nearest |a| that differs from 0 is as near as the rounding of e^g.
+    shrink = torch.minimum(-torch.expm1(log_decay), decay).clamp(max=0.5 - torch.finfo(decay.dtype).eps / 4)
+    return torch.log1p(-2 * shrink), decay < 0.5
+
+
+def running_sign(negative: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The product of the signs of the decays up to t, `[B, T, H]`; `state["flips"]` `[B, H]` counts on, modulo two.
+
+    Without a state, what came before a document may leave its sign there: the caller puts it on the values and takes
+    it off the outputs.
+    """
+    flips = negative.cumsum(dim=1)
+    if state is not None and cu_seqlens is None:
+        flips = flips + state["flips"][:, None]
+        state.write("flips", flips[:, -1] % 2)
+    elif state is not None:
+        before = F.pad(flips[0], (0, 0, 1, 0))  # [T + 1, HV]
+        offset = state["flips"] - before[cu_seqlens[:-1]]  # [N, HV]
+        state.write("flips", (before[cu_seqlens[1:]] + offset) % 2)
+        document = torch.searchsorted(cu_seqlens, torch.arange(flips.shape[1], device=flips.device), right=True) - 1
+        flips = flips + offset[document]
+    return 1 - 2 * (flips % 2)
