@@ -3,8 +3,10 @@
 from lm_zoo.layers.attention import SoftmaxAttention
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.deltanet import DeltaNet
+from lm_zoo.layers.deltaproduct import DeltaProduct
 from lm_zoo.layers.gated_deltanet import GatedDeltaNet
 from lm_zoo.layers.gla import GatedLinearAttention
+from lm_zoo.layers.kda import KimiDeltaAttention
 from lm_zoo.layers.lightning import LightningAttention
 from lm_zoo.layers.linear_attention import LinearAttention
 from lm_zoo.layers.mamba2 import Mamba2
@@ -17,6 +19,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "lightning": LightningAttention,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
+    "deltaproduct": DeltaProduct,
+    "kda": KimiDeltaAttention,
     "mamba2": Mamba2,
     "attention": SoftmaxAttention,
 }
@@ -24,8 +28,10 @@ MIXERS: dict[str, type[Mixer]] = {
 __all__ = [
     "MIXERS",
     "DeltaNet",
+    "DeltaProduct",
     "GatedDeltaNet",
     "GatedLinearAttention",
+    "KimiDeltaAttention",
     "LayerState",
     "LightningAttention",
     "LinearAttention",

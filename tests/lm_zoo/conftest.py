@@ -26,6 +26,7 @@ LAYERS = {name: (name, SMALL[name]) for name in MIXERS} | {
         {"num_heads": 4, "feature_map": "identity", "denominator": False},
     ),
     "deltanet-negative": ("deltanet", {"num_heads": 2, "allow_negative_eigenvalues": True, "use_gate": True}),
+    "deltaproduct-gated": ("deltaproduct", {"num_heads": 2, "num_householders": 3, "gated": True, "expand_v": 1.5}),
     "gated_deltanet-grouped": ("gated_deltanet", {"num_heads": 2, "num_value_heads": 4, "expand_v": 1.0}),
     "mamba2-negative": (
         "mamba2",
