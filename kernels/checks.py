@@ -5,6 +5,7 @@ synchronisation.
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtyp
 def check_option(name: str, value: object, options: tuple) -> None:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def check_values(name: str, value: Tensor, expected: str, fits: Callable[[Tensor], Tensor]) -> None:
+    """Contents, where they are on the host: elsewhere, and inside a compiled graph, looking would be a stall."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not fits(value.detach()).all():
+        worst = value.detach().flatten()[(~fits(value.detach())).flatten()][0].item()
+        raise ValueError(f"{name} must be {expected}, got {worst:g}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, device: torch.device) -> None:

@@ -9,7 +9,14 @@ forward and backward, from the passes in `torch_passes.py`. `step.py` is one tok
 import torch
 from torch import Tensor
 
-from lm_zoo.kernels.checks import check_cu_seqlens, check_option, check_same, check_shape, check_tensor
+from lm_zoo.kernels.checks import (
+    check_cu_seqlens,
+    check_option,
+    check_same,
+    check_shape,
+    check_tensor,
+    check_values,
+)
 from lm_zoo.kernels.linear_attention.chunkwise import linear_attention_chunkwise
 from lm_zoo.kernels.linear_attention.reference import linear_attention_reference
 from lm_zoo.kernels.linear_attention.step import linear_attention_step
@@ -59,7 +66,8 @@ def linear_attention(
 
     Raises:
         TypeError: an argument that is not a floating tensor. ValueError: a shape, device, dtype or option that does not
-        fit, or a `cu_seqlens` that does not run from 0 to T; the message names the argument.
+        fit, a `cu_seqlens` that does not run from 0 to T, and on a CPU a decay above 0, a beta outside [0, 2] or a state
+        that is not finite; the message names the argument.
     """
     _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -102,10 +110,12 @@ def _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens, backen
                 f"{list(log_decay.shape)}"
             )
         check_shape("log_decay", log_decay, *shapes[log_decay.dim()])
+        check_values("log_decay", log_decay, "<= 0, a logarithm of a decay of at most 1", lambda x: x <= 0)
     if beta is not None:
         check_tensor("beta", beta)
         check_same("beta", beta, "q", q, dtype=False)
         check_shape("beta", beta, "[B, T, HV]", (batch, length, value_heads))
+        check_values("beta", beta, "in [0, 2]", lambda x: (x >= 0) & (x <= 2))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, q.device)
     if initial_state is not None:
@@ -114,4 +124,5 @@ def _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens, backen
         rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         layout = "[B, HV, K, V]" if cu_seqlens is None else "[N, HV, K, V]"
         check_shape("initial_state", initial_state, layout, (rows, value_heads, key_size, value_size))
+        check_values("initial_state", initial_state, "finite", torch.isfinite)
     check_option("backend", backend, BACKENDS)
