@@ -66,8 +66,8 @@ def linear_attention(
 
     Raises:
         TypeError: an argument that is not a floating tensor. ValueError: a shape, device, dtype or option that does not
-        fit, a `cu_seqlens` that does not run from 0 to T, and on a CPU a decay above 0, a beta outside [0, 2] or a state
-        that is not finite; the message names the argument.
+        fit, a `cu_seqlens` that does not run from 0 to T, and on a CPU a log_decay above 0, a beta outside [0, 2] or a
+        state that is not finite; the message names the argument.
     """
     _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
