@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -79,6 +80,9 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         self.config = parser.parse_args(args)  # without the base class's warning that sys.argv exists
+        for group in ("trainer", "model", "data", "checkpoint"):
+            if not isinstance(self.config[group], Namespace):
+                raise UserError(f"{group}: expected options and their values, got {self.config[group]!r}")
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
         parts = trainer_parts(Path(self.config.out), vars(self.config_init.trainer), self.config_init.checkpoint)
@@ -106,16 +110,24 @@ class SaveConfig(L.Callback):
 
 def find_configs(argv: list[str]) -> list[str]:
     """The arguments, with names of the recipes that are installed with the package turned into their paths."""
-    argv, recipes = list(argv), importlib.resources.files("lm_zoo.configs") / "train"
+    argv = list(argv)
     for i, argument in enumerate(argv):
         option, separator, name = argument.partition("=")
-        if option not in ("--config", "-c") or (not separator and i + 1 == len(argv)):
-            continue
-        name = name if separator else argv[i + 1]
-        recipe = recipes / f"{name}.yaml"
-        if not Path(name).is_file():
-            if not recipe.is_file():
-                known = ", ".join(sorted(file.name.removesuffix(".yaml") for file in recipes.iterdir()))
-                raise UserError(f"--config {name}: no such file; give a YAML file, or one of the recipes: {known}")
-            argv[i if separator else i + 1] = f"--config={recipe}" if separator else str(recipe)
+        if option in ("--config", "-c") and separator:
+            argv[i] = f"{option}={_find_config(name)}"
+        elif option in ("--config", "-c") and i + 1 < len(argv):
+            argv[i + 1] = str(_find_config(argv[i + 1]))
     return argv
+
+
+def _find_config(name: str) -> Path:
+    recipes = Path(str(importlib.resources.files("lm_zoo.configs") / "train"))
+    path = Path(name) if Path(name).is_file() else recipes / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in recipes.iterdir()))
+        raise UserError(f"--config {name}: no such file; give a YAML file, or one of the recipes: {known}")
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {name} is not text: give a YAML file") from error
+    return path

@@ -200,9 +200,10 @@ class TextData(L.LightningDataModule):
             raise UserError("the text is too short to hold a part of it out; set data.val_fraction to 0")
         if rows < needed:
             tokens, short = (len(selection.corpus), "one row") if rows == 0 else (selection.num_tokens, "one batch")
+            size = "" if rows == 0 else f"of {needed} rows "
             raise UserError(
-                f"the training text has {tokens:,} tokens, less than {short} ({needed} rows of data.seq_len="
-                f"{self.seq_len} are a batch); give more text, or lower data.seq_len or data.batch_size"
+                f"the training text has {tokens:,} tokens, less than {short} {size}of data.seq_len={self.seq_len}; "
+                "give more text, or lower data.seq_len or data.batch_size"
             )
         if (self.val_source or self.val_fraction) and not len(self.val_rows):
             held_out = "" if self.val_source else f" held out by data.val_fraction={self.val_fraction}"

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lm_zoo.errors import UserError
 from lm_zoo.train.files import whole_file
+from lm_zoo.train.module import diverged
 
 
 class Metrics(L.Callback):
@@ -71,10 +71,7 @@ class Metrics(L.Callback):
     def _log_training(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         loss, targets, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss / targets} at step {trainer.global_step}: lower model.learning_rate or raise "
-                "model.warmup, then start anew, or resume from an earlier checkpoint"
-            )
+            raise diverged(trainer.global_step)
         elapsed = time.monotonic() - self._clock
         self._tokens += int(tokens)
         self._log(

@@ -20,6 +20,13 @@ from lm_zoo.train.tokenizers import vocabulary_size
 VOCABULARY_MULTIPLE = 64  # output matrices of such sizes are quicker on GPUs
 
 
+def diverged(step: int) -> UserError:
+    return UserError(
+        f"the loss is not finite after step {step}: lower model.learning_rate or raise model.warmup, "
+        "then start anew, or resume from an earlier checkpoint"
+    )
+
+
 class ZooModule(L.LightningModule):
     """A language model in training.
 
@@ -87,14 +94,20 @@ class ZooModule(L.LightningModule):
         if self.model is None:
             self.model = ZooForCausalLM(self.config)
             if self.gradient_checkpointing:
-                self.model.gradient_checkpointing_enable()
+                model = self.model  # transformers is giving the method a new name
+                getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss over the batch's targets, in nats per token."""
         return self.model(batch["input_ids"], labels=batch["labels"], cu_seqlens=batch.get("cu_seqlens")).loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        return self(batch)
+        try:
+            return self(batch)
+        except ValueError as error:
+            if "nan" not in str(error):
+                raise
+            raise diverged(self.global_step) from error  # on a CPU, where looking is free, the ops refuse NaN
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(2, device=self.device)  # sum of losses, number of targets

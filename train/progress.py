@@ -7,7 +7,7 @@ import sys
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lm_zoo.train.metrics import Metrics
 
@@ -33,19 +33,9 @@ class StepProgress(ProgressBar):
             return
         console = Console(stderr=True)
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                console=console,
-                refresh_per_second=4,
-            )
-            self._task = self._bar.add_task(
-                "training", completed=trainer.global_step, total=trainer.max_steps, numbers=""
-            )
+            columns = (BarColumn(12), MofNCompleteColumn(), TextColumn("eta"), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console, refresh_per_second=4)
+            self._task = self._bar.add_task("", completed=trainer.global_step, total=trainer.max_steps, numbers="")
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx: int) -> None:
@@ -55,15 +45,25 @@ class StepProgress(ProgressBar):
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, numbers=self._numbers())
         elif self._enabled and (self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps):
-            print(f"step {self._step:,} of {trainer.max_steps:,}  {self._numbers()}", file=sys.stderr, flush=True)
+            print(f"step {self._step:,} of {trainer.max_steps:,}: {self._numbers()}", file=sys.stderr, flush=True)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, description="validating")
+            self._bar.update(self._task, numbers="validating")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not self._enabled:
+            return
+        latest = self._metrics.latest
+        line = (
+            f"step {trainer.global_step:,} of {trainer.max_steps:,}: validation loss {latest['val_loss']:.3f}, "
+            f"{latest['val_bits_per_byte']:.3f} bits per byte"
+        )
         if self._bar is not None:
-            self._bar.update(self._task, description="training", numbers=self._numbers())
+            self._bar.update(self._task, numbers=self._numbers())
+            self._bar.console.print(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._stop()
@@ -77,11 +77,7 @@ class StepProgress(ProgressBar):
             self._bar = None
 
     def _numbers(self) -> str:
-        formats = {
-            "train_loss": "loss {:.3f}",
-            "val_loss": "val {:.3f}",
-            "val_bits_per_byte": "({:.3f} bits/byte)",
-            "tokens_per_second": "{:,.0f} tokens/s",
-        }
         latest = self._metrics.latest
-        return "  ".join(text.format(latest[name]) for name, text in formats.items() if name in latest)
+        if "train_loss" not in latest:
+            return ""
+        return f"loss {latest['train_loss']:.3f}  {latest['tokens_per_second']:,.0f} tokens/s"

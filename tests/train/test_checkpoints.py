@@ -77,7 +77,7 @@ def test_ctrl_c_at_the_terminal(tmp_path: Path, text_file: Path) -> None:
     ]  # fmt: skip
     with subprocess.Popen([*command, "50000"], stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            if line.startswith("step 3 "):
+            if line.startswith("step 3 of "):
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130
     (checkpoint,) = find_checkpoints(tmp_path / "run" / "checkpoints")
