@@ -37,7 +37,8 @@ class Segment:
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`[B, T, H, ...]` to `[M, H, C, ...]`, contiguous, in `dtype`."""
         if self.index is not None:
-            rows = x[0, self.index].to(dtype) * self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2))
+            padding = ~self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2))
+            rows = x[0, self.index].to(dtype).masked_fill(padding, 0)  # a product with 0 would make NaN of -inf
             return rows.transpose(1, 2).contiguous()
         x = x[:, self.start : self.stop]
         if x.shape[1] % CHUNK_LENGTH:
