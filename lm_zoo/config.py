@@ -122,11 +122,10 @@ class ZooConfig(PreTrainedConfig):
         for option in options:
             if option not in known:
                 raise ValueError(f"unknown option {option!r} for the mixer {kind!r}{suggest(option, known)}")
-        if "norm_eps" in known:
-            options.setdefault("norm_eps", self.norm_eps)
-        if "layer_index" in known:
-            options.setdefault("layer_index", layer_index)
-            options.setdefault("num_layers", self.num_hidden_layers)
+        place = {"layer_index": layer_index, "num_layers": self.num_hidden_layers}
+        for option, value in ({"norm_eps": self.norm_eps} | place).items():
+            if option in known:
+                options.setdefault(option, value)
         try:
             return MIXERS[kind](self.hidden_size, **options)
         except (TypeError, ValueError) as error:

@@ -24,7 +24,8 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: ZooConfig, index: int):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mixer = config.build_mixer(config.pattern[index % len(config.pattern)], index)
+        self.mixer_name = config.pattern[index % len(config.pattern)]
+        self.mixer = config.build_mixer(self.mixer_name, index)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -41,6 +42,14 @@ class ZooModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.shared = nn.ModuleList()  # what layers of one kind have in common over the depth
+        for name in dict.fromkeys(config.pattern[: len(self.layers)]):
+            mixers = [layer.mixer for layer in self.layers if layer.mixer_name == name]
+            module = mixers[0].shared_over_depth(len(self.layers))
+            if module is not None:
+                self.shared.append(module)
+                for mixer in mixers:
+                    mixer.share(module)
 
     def forward(
         self,

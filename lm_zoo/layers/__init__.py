@@ -6,7 +6,9 @@ from lm_zoo.layers.deltanet import DeltaNet
 from lm_zoo.layers.deltaproduct import DeltaProduct
 from lm_zoo.layers.gated_deltanet import GatedDeltaNet
 from lm_zoo.layers.gla import GatedLinearAttention
+from lm_zoo.layers.hgrn2 import HGRN2
 from lm_zoo.layers.kda import KimiDeltaAttention
+from lm_zoo.layers.lightnet import LightNet
 from lm_zoo.layers.lightning import LightningAttention
 from lm_zoo.layers.linear_attention import LinearAttention
 from lm_zoo.layers.mamba2 import Mamba2
@@ -17,6 +19,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "gla": GatedLinearAttention,
     "linear_attention": LinearAttention,
     "lightning": LightningAttention,
+    "hgrn2": HGRN2,
+    "lightnet": LightNet,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "deltaproduct": DeltaProduct,
@@ -26,6 +30,7 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 __all__ = [
+    "HGRN2",
     "MIXERS",
     "DeltaNet",
     "DeltaProduct",
@@ -33,6 +38,7 @@ __all__ = [
     "GatedLinearAttention",
     "KimiDeltaAttention",
     "LayerState",
+    "LightNet",
     "LightningAttention",
     "LinearAttention",
     "Mamba2",

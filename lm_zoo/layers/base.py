@@ -101,6 +101,7 @@ class Mixer(nn.Module):
     equation: ClassVar[str]
     decay: ClassVar[str]
     update: ClassVar[str]
+    _shared: tuple[nn.Module | None] = (None,)
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -110,6 +111,19 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def shared_over_depth(self, num_layers: int) -> nn.Module | None:
+        """A new module for all layers of this kind in a model of `num_layers` to share, `None` if they need nothing."""
+        return None
+
+    def share(self, module: nn.Module) -> None:
+        """Use the module that `shared_over_depth` made; the model owns it."""
+        self._shared = (module,)  # nn.Module does not look into a tuple: the model alone registers and saves the module
+
+    @property
+    def shared(self) -> nn.Module | None:
+        """The module given by `share`; a layer on its own has none."""
+        return self._shared[0]
 
     def _placement(self, device, dtype) -> tuple[torch.device, torch.dtype]:
         parameter = next(self.parameters())

@@ -25,12 +25,13 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_depth(layer_index: object, num_layers: object) -> None:
-    check_size("num_layers", num_layers)
-    if isinstance(layer_index, bool) or not isinstance(layer_index, int):
-        raise TypeError(f"layer_index must be an integer, got {layer_index!r}")
-    if not 0 <= layer_index < num_layers:
-        raise ValueError(f"layer_index must be in [0, num_layers = {num_layers}), got {layer_index}")
+def check_index(name: str, value: object, size_name: str, size: object) -> None:
+    """`value` counts from 0 to below `size`."""
+    check_size(size_name, size)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not 0 <= value < size:
+        raise ValueError(f"{name} must be in [0, {size_name} = {size}), got {value}")
 
 
 def head_size(hidden_size: int, num_heads: int, expand: float, name: str) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lm_zoo.kernels.checks import check_option
 from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_depth, check_flag, check_input, check_positive, check_size
+from lm_zoo.layers.checks import check_flag, check_index, check_input, check_positive, check_size
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.rotary import LearnedRotary, advance, token_positions
 
@@ -54,7 +54,7 @@ class LightningAttention(Mixer):
         super().__init__()
         check_size("hidden_size", hidden_size)
         check_size("num_heads", num_heads)
-        check_depth(layer_index, num_layers)
+        check_index("layer_index", layer_index, "num_layers", num_layers)
         lrpe = layer_index == 0 if lrpe is None else lrpe
         check_flag("lrpe", lrpe)
         check_option("gate", gate, ("linear", "sigmoid"))

@@ -1,0 +1,91 @@
+"""LightNet: linear attention whose keys are a running softmax over time, so that nothing needs a denominator."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
+from lm_zoo.layers.checks import check_input, check_positive, check_size
+from lm_zoo.modules.log_sum_exp import running_log_sum_exp
+from lm_zoo.modules.norm import RMSNorm
+
+
+class LightNetState(LayerState):
+    """S `[B, H, K, V]` and z `[B, H K]`, which is -inf before the first token."""
+
+    def reset(self) -> None:
+        super().reset()
+        self["z"].fill_(-torch.inf)
+
+
+class LightNet(Mixer):
+    r"""The additive recurrence of LightNet (Qin et al. 2024, arXiv 2405.21022), causal.
+
+        z_t = log(exp(z_{t-1}) + exp(W_k x_t))                                                per key channel
+        S_t = Diag(exp(z_{t-1} - z_t)) S_{t-1} + exp(W_k x_t - z_t) v_t^T                     per head
+        o_t = S_t^T silu(W_q x_t)       v_t = W_v x_t       y_t = W_o (norm(o_t) * silu(W_2 W_1 x_t))
+
+    Each row of S_t is the average of v_s, s <= t, with the weights softmax_s(W_k x_s): a new token counts for 1 / t.
+    The paper scans images from one end to the other; this is its recurrence alone, in the form of a language model's
+    layer. The norm is an RMS norm over all heads.
+
+    Args:
+        hidden_size: D, size of the input and the output.
+        num_heads: H; one for every 128 channels if not given.
+        gate_rank: inner size of the low-rank map W_2 W_1 of the output gate.
+        norm_eps: epsilon of the norm.
+
+    The state is one float32 matrix `[B, H, K, V]` and z in float64, whatever the length of the text. z grows like
+    log t and its steps shrink like 1 / t, which float32 could no longer tell from 0 after some million tokens.
+    """
+
+    paper = "Qin et al. 2024, arXiv 2405.21022"
+    equation = "S_t = Diag(e^{z_{t-1} - z_t}) S_{t-1} + e^{k_t - z_t} v_t^T"
+    decay = "per key channel"
+    update = "additive"
+
+    def __init__(self, hidden_size: int, num_heads: int | None = None, *, gate_rank: int = 128, norm_eps: float = 1e-5):
+        super().__init__()
+        check_size("hidden_size", hidden_size)
+        num_heads = max(1, hidden_size // 128) if num_heads is None else num_heads
+        check_size("num_heads", num_heads)
+        check_size("gate_rank", gate_rank)
+        check_positive("norm_eps", norm_eps)
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads = {num_heads} does not divide hidden_size = {hidden_size}: change one of them")
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.gate_proj = nn.Sequential(
+            nn.Linear(hidden_size, gate_rank, bias=False), nn.Linear(gate_rank, hidden_size, bias=False)
+        )
+        self.norm = RMSNorm(hidden_size, eps=norm_eps)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def init_state(self, batch_size: int, *, device=None, dtype=None) -> LightNetState:
+        device, dtype = self._placement(device, dtype)
+        size = self.hidden_size // self.num_heads
+        S = recurrent_state(batch_size, self.num_heads, size, size, device, dtype)
+        return LightNetState({"S": S, "z": self._start(batch_size, device)})
+
+    def _start(self, rows: int, device: torch.device) -> Tensor:
+        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        return torch.full((rows, self.hidden_size), -torch.inf, device=device, dtype=wide)
+
+    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        check_input(x, self.hidden_size, state, cu_seqlens)
+        q, logits, v = F.silu(self.q_proj(x)), self.k_proj(x), self.v_proj(x)
+        if state is None:
+            start = self._start(x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, x.device)
+        else:
+            start = state["z"].clone()  # the write below must not reach what the backward pass reads
+        before, z, last = running_log_sum_exp(logits, start, cu_seqlens)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        log_decay, k = (before - z).clamp(max=0).to(dtype), (logits - z).exp().to(q.dtype)
+        q, k, v, log_decay = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v, log_decay))
+        o = recur(q, k, v, log_decay, scale=1.0, state=state, cu_seqlens=cu_seqlens)
+        if state is not None:
+            state.write("z", last)
+        return self.o_proj(self.norm(o.flatten(2), self.gate_proj(x)))
