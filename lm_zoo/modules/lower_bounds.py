@@ -32,7 +32,8 @@ class LowerBounds(nn.Module):
 def bounded_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""log f and 1 - f of the forget gate f = gamma + (1 - gamma) sigmoid(z), in float32 at least.
 
-    gamma is 0 if not given. Neither is made from the other: 1 - f keeps its digits where f is nearly 1, and log f where f is nearly 0.
+    gamma is 0 if not given. Neither is made from the other: 1 - f keeps its digits where f is nearly 1, and log f where
+    f is nearly 0.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if bound is None:

@@ -1,5 +1,7 @@
 """The additive matrix-state layers against their papers' equations in float64, and after 100,000 tokens."""
 
+import copy
+import itertools
 import math
 
 import pytest
@@ -11,8 +13,12 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 
 from lm_zoo import ZooConfig, ZooForCausalLM
 from lm_zoo.kernels import linear_attention_step
+from lm_zoo.layers.hgrn2 import HGRN2
+from lm_zoo.layers.lightnet import LightNet
 from lm_zoo.layers.lightning import LightningAttention
 from lm_zoo.layers.linear_attention import LinearAttention
+from lm_zoo.modules.log_sum_exp import running_log_sum_exp
+from lm_zoo.modules.lower_bounds import LowerBounds, bounded_gate
 
 B, T, D, H = 2, 11, 24, 2
 LONG = 100_000
@@ -199,9 +205,187 @@ def test_a_model_tells_its_layers_their_depth():
     assert [(layer.layer_index, layer.num_layers) for layer in layers[1::2]] == [(1, 4), (3, 4)]
 
 
+def gammas(logits):
+    """The paper's lower bounds of all layers: cumulative softmax over the depth, less its first row."""
+    P = torch.stack([row.exp() for row in logits])
+    c = (P / P.sum(0)).cumsum(0)
+    return c - c[0]
+
+
+@pytest.mark.parametrize("index", [None, 0, 1, 2])
+def test_hgrn2(x, index):
+    layer = randomize(HGRN2(D, H, layer_index=index or 0, num_layers=3)).double()
+    gamma = torch.zeros(D, dtype=torch.float64)
+    if index is not None:
+        bounds = randomize(layer.shared_over_depth(3)).double()
+        layer.share(bounds)
+        gamma = gammas(bounds.logits)[index]
+    f = gamma + (1 - gamma) / (1 + (-(x @ layer.f_proj.weight.T)).exp())
+    q, i = F.silu(x @ layer.q_proj.weight.T), x @ layer.i_proj.weight.T
+    f, q, i = heads(f), heads(q), heads(i)
+    S = torch.zeros(B, H, D // H, D // H, dtype=torch.float64)
+    outputs = []
+    for t in range(T):
+        S = f[:, t, :, :, None] * S + (1 - f[:, t])[..., None] * i[:, t, :, None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]).flatten(1))
+    y = rms_norm(torch.stack(outputs, dim=1), layer.norm.weight)
+    assert_close(layer(x), y @ layer.o_proj.weight.T, 1e-12)
+
+
+def test_lower_bounds_rise_from_0_and_stay_below_1():
+    bounds = randomize(LowerBounds(5, 8))
+    rows = torch.stack([bounds(i) for i in range(5)])
+    assert_close(rows, gammas(bounds.logits.double()), 1e-6)
+    assert not rows[0].any()
+    assert (rows.diff(dim=0) > 0).all()
+    assert (rows < 1).all()
+    fresh = LowerBounds(5, 8)
+    assert_close(torch.stack([fresh(i) for i in range(5)])[:, 0], torch.arange(5) / 5, 1e-6)
+
+
+@pytest.mark.parametrize("bound", [None, 0.0, 1e-30, 0.5, 1.0])
+def test_gates_are_exact_at_their_ends(bound):
+    z = torch.tensor([-300.0, -100.0, -20.0, 0.0, 20.0, 100.0, 300.0]).requires_grad_()
+    gamma = None if bound is None else torch.full_like(z, bound).requires_grad_()
+    log_f, write = bounded_gate(z, gamma)
+    low, wide = torch.tensor(bound or 0.0, dtype=torch.float64), z.detach().double()
+    expected = torch.logaddexp(low.log(), (1 - low).log() + F.logsigmoid(wide))
+    if bound is None:
+        torch.testing.assert_close(log_f.double(), expected, rtol=1e-6, atol=1e-37)
+    torch.testing.assert_close(log_f.exp().double(), expected.exp(), rtol=1e-5, atol=1e-37)
+    torch.testing.assert_close(write.double(), (1 - low) * torch.sigmoid(-wide), rtol=1e-5, atol=1e-37)
+    (log_f.sum() + write.sum()).backward()
+    assert torch.isfinite(z.grad).all()
+    assert gamma is None or torch.isfinite(gamma.grad).all()
+
+
+@pytest.fixture
+def bounded_model():
+    config = ZooConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=4, pattern=["hgrn2", "gla", "narrow"],
+        mixers={"hgrn2": {"num_heads": 2}, "narrow": {"type": "hgrn2", "num_heads": 4}, "gla": {}},
+    )  # fmt: skip
+    model = ZooForCausalLM(config).double().eval()
+    randomize(model.model.shared, seed=5)
+    return model
+
+
+def test_a_model_owns_the_bounds_of_each_kind_of_layer(bounded_model, tmp_path):
+    ids = torch.arange(10)[None]
+    expected = bounded_model(ids).logits
+    names = [name for name in bounded_model.state_dict() if "logits" in name]
+    assert names == ["model.shared.0.logits", "model.shared.1.logits"]  # hgrn2 and narrow, once each
+    bounded_model.save_pretrained(tmp_path)
+    loaded = ZooForCausalLM.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = ZooForCausalLM(bounded_model.config)
+    empty = empty.to_empty(device="cpu").double()
+    empty.load_state_dict(bounded_model.state_dict())
+    copied = copy.deepcopy(bounded_model)
+    for model in (loaded, empty.eval(), copied):
+        shared = model.model.shared
+        owners = [block.mixer.shared for block in model.model.layers]
+        assert [owner and list(shared).index(owner) for owner in owners] == [0, None, 1, 0]
+        assert shared[0] is not bounded_model.model.shared[0]
+        assert_close(model(ids).logits, expected, 1e-12)
+    copied(ids).logits.square().sum().backward()
+    assert all(bounds.logits.grad.any() for bounds in copied.model.shared)
+    assert all(bounds.logits.grad is None for bounds in bounded_model.model.shared)
+    empty.init_weights()
+    assert not any(bounds.logits.any() for bounds in empty.model.shared)
+
+
+def test_a_layer_alone_is_deep_copied_and_has_no_bounds():
+    layer = copy.deepcopy(HGRN2(D, H))
+    assert layer.shared is None
+    assert not any("logits" in name for name in layer.state_dict())
+
+
+def test_lightnet_as_averages_over_time(x):
+    layer = randomize(LightNet(D, H, gate_rank=3)).double()
+    q, k, v = (F.linear(x, proj.weight) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    outputs = []
+    for t in range(T):
+        S = torch.einsum("bshk,bshv->bhkv", heads(k[:, : t + 1].softmax(dim=1)), heads(v[:, : t + 1]))
+        outputs.append(torch.einsum("bhkv,bhk->bhv", S, heads(F.silu(q))[:, t]).flatten(1))
+    low, high = layer.gate_proj
+    y = rms_norm(torch.stack(outputs, dim=1), layer.norm.weight) * F.silu(x @ low.weight.T @ high.weight.T)
+    assert_close(layer(x), y @ layer.o_proj.weight.T, 1e-12)
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 0, 4, 5, 5, 29, 33, 33]], ids=["dense", "packed"])
+def test_running_log_sum_exp(bounds):
+    """Values and gradients of the plain sums, from -inf and from an earlier z."""
+    x = (draw(1 if bounds else 2, 33, 5) * 2 + 900).requires_grad_()  # exp(x) would overflow
+    spans = list(itertools.pairwise(bounds)) if bounds else [(0, 33)]
+    rows = len(spans) if bounds else 2
+    start = draw(rows, 5, seed=8) * 2 + 900
+    start[0] = -math.inf
+    start[-1, 0] = -math.inf
+    start.requires_grad_()
+    parts, finals = [], []
+    for n, (a, b) in enumerate(spans):
+        z = start[n : n + 1] if bounds else start
+        for t in range(a, b):
+            high = torch.maximum(z, x[:, t])
+            z = high + ((z - high).exp() + (x[:, t] - high).exp()).log()
+            parts.append(z)
+        finals.append(z)
+    expected, last = torch.stack(parts, dim=1), torch.cat(finals)
+    before, z, end = running_log_sum_exp(x, start, None if bounds is None else torch.tensor(bounds))
+    assert_close(z, expected, 1e-14)
+    torch.testing.assert_close(end, last, rtol=1e-14, atol=0)
+    firsts = [a for a, b in spans if a < b]
+    others = [t for t in range(33) if t not in firsts]
+    assert_close(before[:, others], z[:, [t - 1 for t in others]], 0.0)
+    taken = start[[n for n, (a, b) in enumerate(spans) if a < b]] if bounds else start[:, None]
+    assert torch.equal(before[:, firsts], taken[None] if bounds else taken)
+    weight = draw(*z.shape, seed=9)
+    grads = torch.autograd.grad((z * weight).sum(), [x, start])
+    finite = start.isfinite()  # the plain sums have no gradient at -inf
+    for grad, plain in zip(grads, torch.autograd.grad((expected * weight).sum(), [x, start]), strict=True):
+        where = finite if grad.shape == start.shape else torch.ones_like(grad, dtype=torch.bool)
+        assert torch.isfinite(grad).all()
+        torch.testing.assert_close(grad[where], plain[where], rtol=1e-10, atol=1e-12)
+
+
+def test_lightnet_after_100_000_tokens():
+    """Token by token in float32 against averages in float64; and the same from prefills."""
+    layer = randomize(LightNet(8, 1, gate_rank=4))
+    x = draw(1, LONG + 3, 8, dtype=torch.float32) + 0.5
+    with torch.no_grad():
+        q, k, v, gate = F.silu(layer.q_proj(x)), layer.k_proj(x), layer.v_proj(x), layer.gate_proj(x)
+        S = torch.stack([k[0, : t + 1].double().softmax(0).T @ v[0, : t + 1].double() for t in range(LONG, LONG + 3)])
+        o = torch.einsum("tkv,tk->tv", S, q[0, LONG:].double())
+        y = rms_norm(o, layer.norm.weight.double()) * F.silu(gate[0, LONG:].double())
+        expected = y @ layer.o_proj.weight.double().T
+
+        state = layer.init_state(1)
+        z = [state["z"][0].clone()]
+        for logit in k[0, :LONG].double():
+            z.append(torch.logaddexp(z[-1], logit))
+        z = torch.stack(z)[None, :, None]
+        log_decay = (z[:, :-1] - z[:, 1:]).float()
+        weight = (k[:, :LONG, None] - z[:, 1:]).exp().float()
+        linear_attention_step(q[:, :LONG, None], weight, v[:, :LONG, None], log_decay, None, state["S"], scale=1.0)
+        state.write("z", z[:, -1, 0])
+        decoded = torch.cat([layer(x[:, t : t + 1], state=state) for t in range(LONG, LONG + 3)], dim=1)
+        assert_close(decoded[0], expected, 1e-4, "decoded")
+
+        state = layer.init_state(1)
+        for part in x[:, :LONG].split(20_000, dim=1):
+            layer(part, state=state)
+        prefilled = torch.cat([layer(x[:, t : t + 1], state=state) for t in range(LONG, LONG + 3)], dim=1)
+        assert_close(prefilled[0], expected, 1e-4, "prefilled")
+
+
 @pytest.mark.parametrize(
     ("mixer", "options", "error", "message"),
     [
+        (HGRN2, {"num_heads": 5}, ValueError, "num_heads = 5 does not divide hidden_size = 24"),
+        (HGRN2, {"layer_index": 3, "num_layers": 3}, ValueError, "layer_index must be in"),
+        (LightNet, {"num_heads": 5}, ValueError, "num_heads = 5 does not divide hidden_size = 24"),
+        (LightNet, {"gate_rank": 0}, ValueError, "gate_rank must be at least 1"),
         (LightningAttention, {"num_heads": 5}, ValueError, "num_heads = 5 does not divide hidden_size = 24"),
         (LightningAttention, {"lrpe": "no"}, TypeError, "lrpe must be True or False"),
         (LightningAttention, {"gate": "relu"}, ValueError, "gate must be one of 'linear', 'sigmoid', got 'relu'"),
