@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm_zoo.errors import UserError
 from lm_zoo.train.files import whole_file
@@ -97,7 +98,8 @@ class Checkpoints(Checkpoint):
             self._restore_signals()
             raise KeyboardInterrupt
         self._signum = signum
-        print("\nstopping after this step; press Ctrl-C again to quit without saving", file=sys.stderr, flush=True)
+        if rank_zero_only.rank == 0:
+            print("\nstopping after this step; press Ctrl-C again to quit at once", file=sys.stderr, flush=True)
 
     def _restore_signals(self) -> None:
         for signum, handler in self._handlers.items():

@@ -30,15 +30,12 @@ def run(argv: list[str]) -> None:
         try:
             run_training(cli.trainer, cli.model, cli.datamodule, cli.config.resume)
         except Interrupted as interrupted:
-            print(
-                f"stopped at {interrupted.checkpoint.stem}; the same command with --resume last continues it",
-                file=sys.stderr,
-            )
+            if cli.trainer.is_global_zero:
+                step = interrupted.checkpoint.stem
+                print(f"stopped at {step}; the same command with --resume last continues it", file=sys.stderr)
             sys.exit(128 + interrupted.signum)
         except MisconfigurationException as error:
             raise UserError(one_line(error)) from error
-        except SystemExit as left:  # how Lightning answers to a Ctrl-C that no checkpoint waits for
-            raise KeyboardInterrupt from left
         if cli.trainer.is_global_zero:
             print(f"the trained model is in {Path(cli.config.out) / 'model'}")
 

@@ -49,6 +49,7 @@ class Metrics(L.Callback):
         count, tokens = batch["num_targets"], batch["input_ids"].numel()
         self._sums += torch.stack([loss * count, loss.new_tensor(count), loss.new_tensor(tokens)]).float()
         self._clocked_tokens += tokens
+        self._batch_end = time.monotonic()
         step = trainer.global_step
         if step == self._step:
             return  # in the middle of an accumulation
@@ -56,14 +57,18 @@ class Metrics(L.Callback):
         if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
             self._log_training(trainer, module)
 
-    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._pause = time.monotonic()
+    def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
+        if self._paused:
+            self._clock += time.monotonic() - self._batch_end
+            self._paused = False
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._paused = True  # tokens/s is the speed of training alone
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        if trainer.state.fn == "fit":
-            self._clock += time.monotonic() - self._pause  # tokens/s is the speed of training alone
+        self._paused = True
         names = ("val_loss", "val_bits_per_byte")
         values = {name: trainer.callback_metrics[name].item() for name in names if name in trainer.callback_metrics}
         self._log(trainer, values)
@@ -93,7 +98,7 @@ class Metrics(L.Callback):
             logger.log_metrics(values, step=trainer.global_step)
 
     def _start_clock(self) -> None:
-        self._clock, self._clocked_tokens = time.monotonic(), 0
+        self._clock, self._clocked_tokens, self._paused = time.monotonic(), 0, False
 
 
 class MetricsFile(Logger):

@@ -117,10 +117,10 @@ class ZooModule(L.LightningModule):
         self._validation += torch.stack([self(batch).float() * count, self._validation.new_tensor(count)])
 
     def on_validation_epoch_end(self) -> None:
-        total, count = self.all_gather(self._validation).view(-1, 2).sum(0)
+        total, count = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         loss = total / count
         bits_per_byte = loss / math.log(2) * self.trainer.datamodule.val_tokens_per_byte
-        self.log_dict({"val_loss": loss, "val_bits_per_byte": bits_per_byte}, logger=False)
+        self.log_dict({"val_loss": loss, "val_bits_per_byte": bits_per_byte}, logger=False, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         # A fused step leaves no place between unscaling and stepping, where fp16 gradients have to be clipped.

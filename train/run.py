@@ -94,9 +94,12 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
     module.zoo_config(data.tokenizer)
     settle_length(trainer, data)
     describe(trainer, data)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    if len(data.val_rows) and not MetricsFile(out).has_validation(trainer.global_step):
-        trainer.validate(module, datamodule=data, verbose=False)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        if len(data.val_rows) and not MetricsFile(out).has_validation(trainer.global_step):
+            trainer.validate(module, datamodule=data, verbose=False)
+    except SystemExit as left:  # how Lightning answers a Ctrl-C that no checkpoint waits for
+        raise KeyboardInterrupt from left
     if trainer.is_global_zero:
         export(module, out / "model")
     return trainer

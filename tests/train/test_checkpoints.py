@@ -59,7 +59,7 @@ def test_an_interrupt_during_validation_does_not_wait(start_run, tmp_path) -> No
 
 def test_a_second_interrupt_quits_at_once(start_run, tmp_path) -> None:
     quit_now = Press("on_train_batch_start", 3, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         start_run("run", callbacks=[quit_now], max_steps=6, checkpoints=Checkpoints(every_n_steps=1))
     assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == [
         "step-00000001.ckpt",
