@@ -1,0 +1,110 @@
+"""Linear recurrence with a vector-valued state: one decay per token and channel.
+
+    h_t = a_t * h_{t-1} + x_t
+
+`reference.py` is this recurrence and nothing more. `two_level.py` computes it over chunks side by side, forward and
+backward. `linear_scan_step` is one token, for decoding.
+"""
+
+import torch
+from torch import Tensor
+
+from lm_zoo.kernels.checks import FLOATS, check_cu_seqlens, check_option, check_same, check_shape, check_tensor
+from lm_zoo.kernels.linear_scan.reference import linear_scan_reference
+from lm_zoo.kernels.linear_scan.two_level import linear_scan_forward
+
+__all__ = ["linear_scan", "linear_scan_step"]
+
+BACKENDS = ("auto", "torch", "reference")
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+def linear_scan(
+    x: Tensor,
+    decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    r"""Elementwise linear recurrence over time, real or complex.
+
+        h_t = a_t * h_{t-1} + x_t          with `reverse`, h_t = a_t * h_{t+1} + x_t
+
+    The recurrence of S4D (Gu et al. 2022), LRU (Orvieto et al. 2023), HGRN (Qin et al. 2023) and RG-LRU (De et al.
+    2024). Never divides by products of decays, so decays of 0 (a hard reset), negative ones and products that underflow
+    are exact. Time is linear in T, and so is memory.
+
+    Args:
+        x: `[B, T, D]`, real or complex.
+        decay: a `[B, T, D]`, real if x is and complex if x is, |a| <= 1. The decay itself, not its logarithm. May be
+            of a higher precision than x: in bfloat16, 0.999 is 1.
+        initial_state: `[B, D]`, or `[N, D]` with `cu_seqlens`; zero if not given. With `reverse` it comes after the
+            last token.
+        output_final_state: whether to return the state after the last token (with `reverse`, at the first).
+        reverse: run from the last token to the first.
+        cu_seqlens: `[N + 1]` int32 or int64, borders of N sequences packed along time, from 0 to T; needs B = 1. An
+            empty sequence keeps its state.
+        backend: "auto", "torch" (two levels, any device) or "reference" (token by token, slow).
+
+    Returns:
+        h `[B, T, D]` in the dtype of x, and the final state `[B or N, D]` or `None`. Computed, and the state returned,
+        in the precision of x, but float32 or complex64 at least.
+
+    Raises:
+        TypeError: an argument that is not a floating or complex tensor. ValueError: a shape, device, dtype or option
+        that does not fit, a `cu_seqlens` that does not run from 0 to T or, where the tensors are on a CPU, a decay
+        above 1 in magnitude or a state that is not finite; the message names the argument.
+    """
+    _check_arguments(x, decay, "[B, T, D]")
+    if x.shape[1] == 0:
+        raise ValueError("x must have at least one token, got T = 0")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
+    if initial_state is not None:
+        rows, layout = (x.shape[0], "[B, D]") if cu_seqlens is None else (cu_seqlens.numel() - 1, "[N, D]")
+        _check_state("initial_state", initial_state, x, layout, (rows, x.shape[2]))
+    check_option("backend", backend, BACKENDS)
+    scan = linear_scan_reference if backend == "reference" else linear_scan_forward
+    h, final_state = scan(x, decay, initial_state, cu_seqlens, reverse)
+    return h.to(x.dtype), final_state if output_final_state else None
+
+
+@torch.no_grad()
+def linear_scan_step(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    r"""One step of `linear_scan`; the state is updated in place, at its address.
+
+        h <- a * h + x
+
+    Args:
+        x: `[B, D]`, real or complex.
+        decay: a `[B, D]`, real if x is and complex if x is.
+        state: h `[B, D]`, float32 or float64 (complex64 or complex128 if x is complex). Overwritten.
+
+    Returns:
+        h in the dtype of x. No gradient flows: train with `linear_scan`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+    """
+    _check_arguments(x, decay, "[B, D]")
+    check_tensor("state", state, COMPLEX if x.is_complex() else (torch.float32, torch.float64))
+    _check_state("state", state, x, "[B, D]", tuple(x.shape))
+    state.mul_(decay).add_(x)
+    return state.to(x.dtype, copy=True)
+
+
+def _check_arguments(x: Tensor, decay: Tensor, layout: str) -> None:
+    check_tensor("x", x, FLOATS + COMPLEX)
+    check_shape("x", x, layout, (-1,) * layout.count(",") + (-1,))
+    check_tensor("decay", decay, COMPLEX if x.is_complex() else FLOATS)
+    check_shape("decay", decay, layout, tuple(x.shape))
+    check_same("decay", decay, "x", x, dtype=False)
+
+
+def _check_state(name: str, state: Tensor, x: Tensor, layout: str, shape: tuple[int, ...]) -> None:
+    check_tensor(name, state, COMPLEX if x.is_complex() else FLOATS)
+    check_shape(name, state, layout, shape)
+    check_same(name, state, "x", x, dtype=False)

@@ -1,0 +1,75 @@
+"""One token at a time, with the state updated in place: what decoding runs."""
+
+import torch
+from torch import Tensor
+
+from lm_zoo.kernels.checks import check_same, check_shape, check_tensor
+
+
+@torch.no_grad()
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    state: Tensor,
+) -> Tensor:
+    r"""One step of `selective_scan`; the state is updated in place, at its address.
+
+        h <- exp(dt A) h + dt B x        y = (h C + D x) silu(z)
+
+    Args:
+        x, dt: `[B, D]`, dt >= 0.
+        A: `[D, N]`, <= 0.
+        B, C: `[B, N]`.
+        D: `[D]`, or `None`.
+        z: `[B, D]`, or `None`.
+        state: h `[B, D, N]`, float32 (or float64). Overwritten.
+
+    Returns:
+        y in the shape and dtype of x. No gradient flows: train with `selective_scan`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+    """
+    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):  # it would round the state
+        with torch.autocast(x.device.type, enabled=False):
+            return selective_scan_step(x, dt, A, B, C, D, z, state)
+    _check_arguments(x, dt, A, B, C, D, z, state)
+    dtype = state.dtype
+    xs, dts = x.to(dtype), dt.to(dtype)
+    state.mul_((dts.unsqueeze(2) * A).exp_())
+    state.addcmul_((dts * xs).unsqueeze(2), B.to(dtype).unsqueeze(1))
+    y = (state @ C.to(dtype).unsqueeze(2)).squeeze(2)
+    if D is not None:
+        y.addcmul_(xs, D.to(dtype))
+    if z is not None:
+        y.mul_(torch.nn.functional.silu(z.to(dtype)))
+    return y.to(x.dtype)
+
+
+def _check_arguments(x, dt, A, B, C, D, z, state) -> None:
+    check_tensor("x", x)
+    check_shape("x", x, "[B, D]", (-1, -1))
+    batch, channels = x.shape
+    check_tensor("A", A)
+    check_shape("A", A, "[D, N]", (channels, -1))
+    check_tensor("state", state, (torch.float32, torch.float64))
+    shapes = {
+        "dt": (dt, "[B, D]", (batch, channels)),
+        "B": (B, "[B, N]", (batch, A.shape[1])),
+        "C": (C, "[B, N]", (batch, A.shape[1])),
+        "D": (D, "[D]", (channels,)),
+        "z": (z, "[B, D]", (batch, channels)),
+        "state": (state, "[B, D, N]", (batch, *A.shape)),
+    }
+    check_same("A", A, "x", x, dtype=False)
+    for name, (tensor, layout, shape) in shapes.items():
+        if tensor is None and name in ("D", "z"):
+            continue
+        check_tensor(name, tensor)
+        check_shape(name, tensor, layout, shape)
+        check_same(name, tensor, "x", x, dtype=name in ("B", "C", "z"))
