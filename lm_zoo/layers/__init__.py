@@ -6,6 +6,7 @@ from lm_zoo.layers.deltanet import DeltaNet
 from lm_zoo.layers.deltaproduct import DeltaProduct
 from lm_zoo.layers.gated_deltanet import GatedDeltaNet
 from lm_zoo.layers.gla import GatedLinearAttention
+from lm_zoo.layers.hgrn import HGRN
 from lm_zoo.layers.hgrn2 import HGRN2
 from lm_zoo.layers.kda import KimiDeltaAttention
 from lm_zoo.layers.lightnet import LightNet
@@ -19,6 +20,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gla": GatedLinearAttention,
     "linear_attention": LinearAttention,
     "lightning": LightningAttention,
+    "hgrn": HGRN,
     "hgrn2": HGRN2,
     "lightnet": LightNet,
     "deltanet": DeltaNet,
@@ -30,6 +32,7 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 __all__ = [
+    "HGRN",
     "HGRN2",
     "MIXERS",
     "DeltaNet",

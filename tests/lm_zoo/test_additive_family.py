@@ -18,7 +18,6 @@ from lm_zoo.layers.lightnet import LightNet
 from lm_zoo.layers.lightning import LightningAttention
 from lm_zoo.layers.linear_attention import LinearAttention
 from lm_zoo.modules.log_sum_exp import running_log_sum_exp
-from lm_zoo.modules.lower_bounds import LowerBounds, bounded_gate
 
 B, T, D, H = 2, 11, 24, 2
 LONG = 100_000
@@ -230,69 +229,6 @@ def test_hgrn2(x, index):
         outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]).flatten(1))
     y = rms_norm(torch.stack(outputs, dim=1), layer.norm.weight)
     assert_close(layer(x), y @ layer.o_proj.weight.T, 1e-12)
-
-
-def test_lower_bounds_rise_from_0_and_stay_below_1():
-    bounds = randomize(LowerBounds(5, 8))
-    rows = torch.stack([bounds(i) for i in range(5)])
-    assert_close(rows, gammas(bounds.logits.double()), 1e-6)
-    assert not rows[0].any()
-    assert (rows.diff(dim=0) > 0).all()
-    assert (rows < 1).all()
-    fresh = LowerBounds(5, 8)
-    assert_close(torch.stack([fresh(i) for i in range(5)])[:, 0], torch.arange(5) / 5, 1e-6)
-
-
-@pytest.mark.parametrize("bound", [None, 0.0, 1e-30, 0.5, 1.0])
-def test_gates_are_exact_at_their_ends(bound):
-    z = torch.tensor([-300.0, -100.0, -20.0, 0.0, 20.0, 100.0, 300.0]).requires_grad_()
-    gamma = None if bound is None else torch.full_like(z, bound).requires_grad_()
-    log_f, write = bounded_gate(z, gamma)
-    low, wide = torch.tensor(bound or 0.0, dtype=torch.float64), z.detach().double()
-    expected = torch.logaddexp(low.log(), (1 - low).log() + F.logsigmoid(wide))
-    if bound is None:
-        torch.testing.assert_close(log_f.double(), expected, rtol=1e-6, atol=1e-37)
-    torch.testing.assert_close(log_f.exp().double(), expected.exp(), rtol=1e-5, atol=1e-37)
-    torch.testing.assert_close(write.double(), (1 - low) * torch.sigmoid(-wide), rtol=1e-5, atol=1e-37)
-    (log_f.sum() + write.sum()).backward()
-    assert torch.isfinite(z.grad).all()
-    assert gamma is None or torch.isfinite(gamma.grad).all()
-
-
-@pytest.fixture
-def bounded_model():
-    config = ZooConfig(
-        vocab_size=11, hidden_size=16, num_hidden_layers=4, pattern=["hgrn2", "gla", "narrow"],
-        mixers={"hgrn2": {"num_heads": 2}, "narrow": {"type": "hgrn2", "num_heads": 4}, "gla": {}},
-    )  # fmt: skip
-    model = ZooForCausalLM(config).double().eval()
-    randomize(model.model.shared, seed=5)
-    return model
-
-
-def test_a_model_owns_the_bounds_of_each_kind_of_layer(bounded_model, tmp_path):
-    ids = torch.arange(10)[None]
-    expected = bounded_model(ids).logits
-    names = [name for name in bounded_model.state_dict() if "logits" in name]
-    assert names == ["model.shared.0.logits", "model.shared.1.logits"]  # hgrn2 and narrow, once each
-    bounded_model.save_pretrained(tmp_path)
-    loaded = ZooForCausalLM.from_pretrained(tmp_path)
-    with torch.device("meta"):
-        empty = ZooForCausalLM(bounded_model.config)
-    empty = empty.to_empty(device="cpu").double()
-    empty.load_state_dict(bounded_model.state_dict())
-    copied = copy.deepcopy(bounded_model)
-    for model in (loaded, empty.eval(), copied):
-        shared = model.model.shared
-        owners = [block.mixer.shared for block in model.model.layers]
-        assert [owner and list(shared).index(owner) for owner in owners] == [0, None, 1, 0]
-        assert shared[0] is not bounded_model.model.shared[0]
-        assert_close(model(ids).logits, expected, 1e-12)
-    copied(ids).logits.square().sum().backward()
-    assert all(bounds.logits.grad.any() for bounds in copied.model.shared)
-    assert all(bounds.logits.grad is None for bounds in bounded_model.model.shared)
-    empty.init_weights()
-    assert not any(bounds.logits.any() for bounds in empty.model.shared)
 
 
 def test_a_layer_alone_is_deep_copied_and_has_no_bounds():
