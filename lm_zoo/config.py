@@ -27,7 +27,7 @@ class ZooConfig(PreTrainedConfig):
         vocab_size: V, tokens of the vocabulary.
         hidden_size: D, width of the residual stream.
         num_hidden_layers: number of blocks, each a mixer and an MLP.
-        intermediate_size: width of the MLP; `None` is 8/3 D rounded up to a multiple of 64.
+        intermediate_size: width of the MLP; `None` is 8/3 D rounded up to a multiple of 64, 0 is no MLP (as in Mamba).
         mixers: name -> keyword arguments of the layer. The name is one of `MIXERS`, or free with the key `type` naming
             one: `{"local": {"type": "attention", "window": 64}, "global": {"type": "attention"}}`.
         pattern: names of mixers, repeated over the depth: block i has `pattern[i % len(pattern)]`.
@@ -77,8 +77,9 @@ class ZooConfig(PreTrainedConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            least = 0 if name == "intermediate_size" else 1
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("norm_eps", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):

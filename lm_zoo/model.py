@@ -19,19 +19,21 @@ IGNORE = -100  # the label of tokens that do not count
 
 
 class Block(GradientCheckpointingLayer):
-    """x <- x + mixer(norm(x)),  x <- x + mlp(norm(x))"""
+    """x <- x + mixer(norm(x)),  x <- x + mlp(norm(x)); the second only where there is an MLP"""
 
     def __init__(self, config: ZooConfig, index: int):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer_name = config.pattern[index % len(config.pattern)]
         self.mixer = config.build_mixer(self.mixer_name, index)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = None
+        if config.intermediate_size > 0:
+            self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), state=state, cu_seqlens=cu_seqlens)
-        return x + self.mlp(self.mlp_norm(x))
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
 
 
 class ZooModel(nn.Module):

@@ -12,6 +12,7 @@ from lm_zoo.layers.kda import KimiDeltaAttention
 from lm_zoo.layers.lightnet import LightNet
 from lm_zoo.layers.lightning import LightningAttention
 from lm_zoo.layers.linear_attention import LinearAttention
+from lm_zoo.layers.mamba import Mamba
 from lm_zoo.layers.mamba2 import Mamba2
 from lm_zoo.layers.retention import MultiScaleRetention
 
@@ -27,6 +28,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "deltaproduct": DeltaProduct,
     "kda": KimiDeltaAttention,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "attention": SoftmaxAttention,
 }
@@ -44,6 +46,7 @@ __all__ = [
     "LightNet",
     "LightningAttention",
     "LinearAttention",
+    "Mamba",
     "Mamba2",
     "Mixer",
     "MultiScaleRetention",
