@@ -297,3 +297,12 @@ def test_bad_input_names_the_argument(make_model, tokens):
     ]:
         with pytest.raises(error, match=message):
             model(**arguments)
+
+
+def test_without_an_mlp_a_block_is_its_mixer_alone(make_model, tokens):
+    model = make_model("gla", intermediate_size=0)
+    assert not any("mlp" in name for name in model.state_dict())
+    x = model.model.embed_tokens(tokens(2, 9))
+    for layer in model.model.layers:
+        x = x + layer.mixer(layer.mixer_norm(x))
+    assert_close(model(tokens(2, 9)).logits, model.lm_head(model.model.norm(x)), 1e-12)
