@@ -88,7 +88,7 @@ def test_one_strong_channel_among_weak_ones(delta):
 @pytest.mark.parametrize("bounds", [[0, 200], [0, 1, 1, 70, 134, 200], [0, 0, 64, 128, 200, 200]])
 def test_packed_sequences(bounds, decay, delta, monkeypatch):
     monkeypatch.setattr(chunkwise, "SEGMENT_ELEMENTS", 3 * 2 * 64 * 24)
-    inputs = make_inputs(decay, delta, T=200, B=1, H=1, HV=2, states=len(bounds) - 1)
+    inputs = make_inputs(decay, delta, T=200, B=1, H=1, HV=2, resets=0.1, states=len(bounds) - 1)
     check(inputs, 1e-5, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
