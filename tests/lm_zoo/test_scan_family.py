@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from lm_zoo import ZooConfig, ZooForCausalLM
 from lm_zoo.layers.hgrn import HGRN
+from lm_zoo.layers.mamba import Mamba
 from lm_zoo.modules.lower_bounds import LowerBounds, bounded_gate
 
 B, T, D = 2, 11, 24
@@ -138,9 +141,120 @@ def test_a_model_owns_the_bounds_of_each_kind_of_layer(bounded_model, tmp_path):
     assert not any(bounds.logits.any() for bounds in empty.model.shared)
 
 
+def test_mamba(x):
+    layer = randomize(Mamba(D, state_size=3, dt_rank=5, conv_size=3)).double()
+    u, z = (x @ layer.in_proj.weight.T).chunk(2, dim=-1)
+    past = F.pad(u, (0, 0, 2, 0))
+    u = F.silu(sum(past[:, w : w + T] * layer.conv.weight[:, w] for w in range(3)) + layer.conv.bias)
+    r, write, read = (u @ layer.x_proj.weight.T).split((5, 3, 3), dim=-1)
+    dt = (1 + (r @ layer.dt_proj.weight.T + layer.dt_proj.bias).exp()).log()
+    h = torch.zeros(B, 2 * D, 3, dtype=torch.float64)
+    outputs = []
+    for t in range(T):
+        h = (dt[:, t, :, None] * -layer.A_log.exp()).exp() * h + torch.einsum(
+            "bd,bd,bn->bdn", dt[:, t], u[:, t], write[:, t]
+        )
+        y = torch.einsum("bdn,bn->bd", h, read[:, t]) + layer.D * u[:, t]
+        outputs.append((y * F.silu(z[:, t])) @ layer.out_proj.weight.T)
+    assert_close(layer(x), torch.stack(outputs, dim=1), 1e-12)
+
+
+def mamba_weights(theirs):
+    """transformers' names in ours; the convolution has one dimension less."""
+    renamed = {
+        "backbone.embeddings.": "model.embed_tokens.", "backbone.layers.": "model.layers.", ".norm.": ".mixer_norm.",
+        "backbone.norm_f.": "model.norm.", "conv1d.": "conv.",
+    }  # fmt: skip
+    weights = {}
+    for name, tensor in theirs.items():
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        weights[name] = tensor.squeeze(1) if name.endswith("conv.weight") else tensor
+    return weights
+
+
+def test_mamba_equals_that_of_transformers():
+    """The layer in float64: outputs, gradients and both states."""
+    config = MambaConfig(hidden_size=D, state_size=5, num_hidden_layers=1, use_mambapy=False)
+    theirs = randomize(MambaMixer(config, layer_idx=0)).double()
+    layer = Mamba(D, state_size=5).double()
+    layer.load_state_dict(mamba_weights(theirs.state_dict()))
+    x = draw(B, T, D).requires_grad_()
+    cache = DynamicCache(config=config)
+    expected = theirs(x, cache)
+    state = layer.init_state(B)
+    y = layer(x, state=state)
+    assert_close(y, expected, 1e-6)  # theirs take A, D and the bias in float32
+    assert_close(state["h"], cache.get_recurrent_state(0, state_idx=0), 1e-6)
+    assert_close(state["conv"], cache.get_conv_state(0, state_idx=0)[..., -3:], 1e-12)
+    grads = torch.autograd.grad(y.square().sum(), [x, layer.A_log, layer.x_proj.weight])
+    expected_grads = torch.autograd.grad(expected.square().sum(), [x, theirs.A_log, theirs.x_proj.weight])
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, 1e-5)
+
+
+def test_a_mamba_model_equals_that_of_transformers():
+    """Random weights copied over: logits, loss and greedy text, in float32."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 53, "hidden_size": 32, "num_hidden_layers": 3}
+    theirs = MambaForCausalLM(MambaConfig(**sizes, state_size=8, use_mambapy=False, pad_token_id=0)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = ZooConfig(
+        **sizes, intermediate_size=0, mixers={"mamba": {"state_size": 8}}, norm_eps=1e-5, tie_word_embeddings=True
+    )
+    ours = ZooForCausalLM(config).eval()
+    ours.load_state_dict(mamba_weights(theirs.state_dict()))
+    assert ours.num_parameters() == theirs.num_parameters()
+    ids = torch.randint(1, 53, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        cache = ours.init_cache(2)
+        steps = [ours(part, past_key_values=cache).logits for part in ids.split([30, *[1] * 10], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-4)
+    assert_close(ours(ids, labels=ids).loss, theirs(ids, labels=ids).loss, 1e-5)
+
+
+def test_mamba_starts_as_in_the_paper():
+    layer = Mamba(64)
+    assert layer.dt_rank == 4
+    assert layer.init_state(1)["h"].shape == (1, 128, 16)
+    assert_close(layer.A_log.exp(), torch.arange(1.0, 17).expand(128, 16), 1e-6)
+    config = ZooConfig(vocab_size=7, hidden_size=64, num_hidden_layers=1, mixers={"mamba": {}}, intermediate_size=0)
+    with torch.device("meta"):
+        model = ZooForCausalLM(config)
+    model.to_empty(device="cpu").init_weights()
+    for mixer in (layer, model.model.layers[0].mixer):
+        dt = F.softplus(mixer.dt_proj.bias)
+        assert 0.00099 < dt.min() < 0.003 < 0.03 < dt.max() < 0.101
+        assert (mixer.D == 1).all()
+        assert 0.4 < mixer.dt_proj.weight.abs().max() <= 0.5
+
+
+def test_missing_weights_leave_the_loaded_ones_alone(tmp_path):
+    """A checkpoint without A_log: the layer's own initial value, beside a loaded D, dt_proj and theta."""
+    mixers = {"mamba": {}, "hgrn": {"complex": True}}
+    model = ZooForCausalLM(ZooConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, mixers=mixers))
+    randomize(model)
+    left_out = ("model.layers.0.mixer.A_log", "model.layers.1.mixer.norm.weight")
+    model.save_pretrained(
+        tmp_path, state_dict={name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    )
+    again = ZooForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name], tensor) == (name not in left_out), name
+    assert_close(again[left_out[0]].exp(), torch.arange(1.0, 17).expand(32, 16), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("mixer", "options", "error", "message"),
     [
+        (Mamba, {"expand": 1.3}, ValueError, "expand = 1.3 makes hidden_size = 24 to 31.2 channels"),
+        (Mamba, {"expand": 0}, ValueError, "expand must be positive"),
+        (Mamba, {"state_size": 0}, ValueError, "state_size must be at least 1"),
+        (Mamba, {"dt_rank": "auto"}, TypeError, "dt_rank must be an integer, got 'auto'"),
+        (Mamba, {"conv_size": 0}, ValueError, "conv_size must be at least 1"),
         (HGRN, {"complex": 1}, TypeError, "complex must be True or False, got 1"),
         (HGRN, {"layer_index": -1}, ValueError, r"layer_index must be in \[0, num_layers = 1\), got -1"),
         (HGRN, {"norm_eps": -1.0}, ValueError, "norm_eps must be positive"),
