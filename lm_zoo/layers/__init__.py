@@ -15,6 +15,7 @@ from lm_zoo.layers.linear_attention import LinearAttention
 from lm_zoo.layers.mamba import Mamba
 from lm_zoo.layers.mamba2 import Mamba2
 from lm_zoo.layers.retention import MultiScaleRetention
+from lm_zoo.layers.s4d import S4D
 
 MIXERS: dict[str, type[Mixer]] = {
     "retnet": MultiScaleRetention,
@@ -30,6 +31,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "kda": KimiDeltaAttention,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "s4d": S4D,
     "attention": SoftmaxAttention,
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "HGRN",
     "HGRN2",
     "MIXERS",
+    "S4D",
     "DeltaNet",
     "DeltaProduct",
     "GatedDeltaNet",

@@ -17,6 +17,7 @@ SMALL = {
 } | {"mamba2": {"head_size": 16, "state_size": 12}}
 LAYERS = {name: (name, SMALL[name]) for name in MIXERS} | {
     "attention-grouped": ("attention", {"num_heads": 4, "num_kv_heads": 2, "head_size": 6}),
+    "s4d-real": ("s4d", {"initialization": "real", "state_size": 6}),
     "hgrn-complex": ("hgrn", {"complex": True}),
     "lightning-deep": ("lightning", {"num_heads": 4, "layer_index": 2, "num_layers": 3, "gate": "sigmoid"}),
     "linear_attention-taylor": ("linear_attention", {"num_heads": 2, "feature_map": "taylor", "head_size": 4}),

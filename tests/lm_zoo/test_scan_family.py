@@ -12,6 +12,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from lm_zoo import ZooConfig, ZooForCausalLM
 from lm_zoo.layers.hgrn import HGRN
 from lm_zoo.layers.mamba import Mamba
+from lm_zoo.layers.s4d import S4D
 from lm_zoo.modules.lower_bounds import LowerBounds, bounded_gate
 
 B, T, D = 2, 11, 24
@@ -247,9 +248,86 @@ def test_missing_weights_leave_the_loaded_ones_alone(tmp_path):
     assert_close(again[left_out[0]].exp(), torch.arange(1.0, 17).expand(32, 16), 1e-6)
 
 
+def s4d_plainly(layer, x, h=None):
+    """All N states, the conjugates too, token by token; returns outputs and the last states."""
+    A = torch.complex(-layer.A_log.exp(), layer.A_imaginary)
+    C = torch.complex(*layer.C.unbind(-1))
+    A, C = torch.cat([A, A.conj()], dim=-1), torch.cat([C, C.conj()], dim=-1)
+    dt = layer.log_dt.exp()[:, None]
+    decay, write = (dt * A).exp(), ((dt * A).exp() - 1) / A
+    h = torch.zeros(len(x), *A.shape, dtype=A.dtype) if h is None else h
+    outputs = []
+    for t in range(x.shape[1]):
+        h = decay * h + write * x[:, t, :, None]
+        s = (C * h).sum(-1)
+        assert s.imag.abs().max() < 1e-12
+        u, w = layer.o_proj(F.gelu(s.real + layer.D * x[:, t])).chunk(2, dim=-1)
+        outputs.append(u / (1 + (-w).exp()))
+    return torch.stack(outputs, dim=1), h
+
+
+@pytest.mark.parametrize("initialization", ["lin", "real"])
+def test_s4d_by_convolution_and_by_blocks(initialization):
+    """Several blocks: whole, packed with ragged and empty documents, in calls that go on; outputs and gradients."""
+    layer = S4D(6, state_size=8, initialization=initialization).double()
+    torch.nn.init.normal_(layer.log_dt, -3.0, generator=torch.Generator().manual_seed(0))
+    x = draw(2, 333, 6).requires_grad_()
+    expected, last = s4d_plainly(layer, x)
+    weight = draw(2, 333, 6, seed=7)
+    wanted = [x, *layer.parameters()]
+    grads = torch.autograd.grad((expected * weight).sum(), wanted, retain_graph=True)
+    whole = layer(x)
+    state = layer.init_state(2)
+    parts = torch.cat([layer(part, state=state) for part in x.split([1, 63, 64, 65, 128, 2, 10], dim=1)], dim=1)
+    for y in (whole, parts):
+        assert_close(y, expected, 1e-11)
+        for grad, plain in zip(torch.autograd.grad((y * weight).sum(), wanted), grads, strict=True):
+            assert_close(grad, plain, 1e-9, "gradient")
+    assert_close(torch.view_as_real(state["h"]), torch.view_as_real(last[..., :4]), 1e-11, "state")
+
+    sizes = [0, 64, 1, 0, 128, 63, 77, 0]
+    starts = torch.complex(draw(8, 6, 4, seed=4), draw(8, 6, 4, seed=5))
+    state = layer.init_state(8)
+    state.write("h", starts)
+    packed = layer(x[:1], state=state, cu_seqlens=F.pad(torch.tensor(sizes).cumsum(0), (1, 0)))
+    for n, (y, part) in enumerate(zip(packed[0].split(sizes), x[0].split(sizes), strict=True)):
+        h = torch.cat([starts[n : n + 1], starts[n : n + 1].conj()], dim=-1)
+        if sizes[n]:
+            alone, h = s4d_plainly(layer, part[None], h)
+            assert_close(y, alone[0], 1e-11, f"document {n}")
+        assert_close(torch.view_as_real(state["h"][n]), torch.view_as_real(h[0, :, :4]), 1e-11, f"state {n}")
+
+
+def test_s4d_starts_as_in_the_paper():
+    lin, real = S4D(8), S4D(8, initialization="real")
+    n = torch.arange(32.0)
+    for layer, A in ((lin, torch.complex(torch.full((32,), -0.5), torch.pi * n)), (real, torch.complex(-n - 1, 0 * n))):
+        a, b, _ = layer.discrete(torch.complex64)
+        dt = layer.log_dt.exp()[:, None]
+        assert_close(torch.view_as_real(a), torch.view_as_real(dt * A), 1e-6)
+        assert_close(torch.view_as_real(b), torch.view_as_real(((dt * A).exp() - 1) / A), 1e-4)
+        assert 0.001 <= dt.min() < dt.max() <= 0.1
+
+
+def test_s4d_in_float32_over_4096_tokens():
+    layer = S4D(4)
+    exact = copy.deepcopy(layer).double()
+    x = draw(1, 4096, 4, dtype=torch.float32)
+    with torch.no_grad():
+        expected = s4d_plainly(exact, x.double())[0]
+        state = layer.init_state(1)
+        assert_close(layer(x), expected, 1e-5, "convolution")
+        assert_close(layer(x, state=state), expected, 1e-5, "blocks")
+        state = layer.init_state(1)
+        steps = torch.cat([layer(x[:, t : t + 1], state=state) for t in range(1024)], dim=1)
+        assert_close(steps, expected[:, :1024], 1e-5, "steps")
+
+
 @pytest.mark.parametrize(
     ("mixer", "options", "error", "message"),
     [
+        (S4D, {"state_size": 7}, ValueError, "state_size must be even"),
+        (S4D, {"initialization": "legs"}, ValueError, "initialization must be one of 'lin', 'real', got 'legs'"),
         (Mamba, {"expand": 1.3}, ValueError, "expand = 1.3 makes hidden_size = 24 to 31.2 channels"),
         (Mamba, {"expand": 0}, ValueError, "expand must be positive"),
         (Mamba, {"state_size": 0}, ValueError, "state_size must be at least 1"),
