@@ -92,7 +92,7 @@ def chunk_scores_backward(
         if delta:
             weight.addcmul_(dA_kk, A_kk)
         weight.tril_(-1)
-        dG.add_(weight.sum(-1)).sub_(weight.sum(-2))
+        dG.add_(weight.sum(-1, dtype=torch.float64)).sub_(weight.sum(-2, dtype=torch.float64))
     decay = PairwiseDecay(G, k.dtype)
     dscores = decay.apply_(dA_qk, scale).tril_()
     _add_product(dq, dscores, k)
@@ -304,8 +304,12 @@ def _per_channel(G: Tensor) -> Tensor:
 
 
 def _decay_gradient(x: Tensor, dx: Tensor, G: Tensor) -> Tensor:
-    """x dx, the gradient of an exponent from that of what it scales; summed where all channels share one."""
-    return x * dx if G.dim() == 4 else torch.linalg.vecdot(x, dx)
+    """x dx, the gradient of an exponent from that of what it scales; summed where all channels share one.
+
+    In float64 where it is summed: an error in dG reaches the decays of all tokens before it, and adds up in the
+    gradient of a decay that they share.
+    """
+    return x * dx if G.dim() == 4 else (x * dx).sum(-1, dtype=torch.float64)
 
 
 def _per_step(steps: list[int], state: Tensor, *chunked: Tensor | None) -> list[tuple[Tensor | None, ...]]:
