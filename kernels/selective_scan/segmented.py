@@ -152,7 +152,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dfinal_state, _):
     *inputs, cu_seqlens, borders = ctx.saved_tensors
     dy = torch.zeros_like(inputs[0]) if dy is None else dy
-    gradients = segmented_backward(dy, dfinal_state, *inputs, cu_seqlens, borders)
+    with torch.autocast(dy.device.type, enabled=False):  # it would round states to its dtype
+        gradients = segmented_backward(dy, dfinal_state, *inputs, cu_seqlens, borders)
     gradients = [None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)]
     return *gradients, None, None
 
