@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lm_zoo import ZooConfig, ZooForCausalLM
-from lm_zoo.layers import MIXERS, Mamba2
+from lm_zoo.layers import MIXERS, DeltaProduct, GatedDeltaNet, KimiDeltaAttention, Mamba2
 from lm_zoo.modules.decay import SoftplusDecay
 from lm_zoo.modules.short_conv import ShortConvolution
 
@@ -32,12 +32,38 @@ def test_initial_values_also_of_a_model_built_without_memory():
             low, high = module.rates
             assert low <= rate.min() < low + 2 < high - 2 < rate.max() <= high
             assert 0.00099 < dt.min() < 0.002 < 0.05 < dt.max() < 0.101
+        elif isinstance(module, GatedDeltaNet | DeltaProduct):
+            assert module.log_decay.rates == (0, 16)
+        elif isinstance(module, KimiDeltaAttention):
+            assert module.log_decay.rates == (1, 16)
         elif isinstance(module, ShortConvolution):
             for parameter in (module.weight, *([] if module.bias is None else [module.bias])):
                 assert 0.45 < parameter.abs().max() <= 0.5
                 assert abs(parameter.std() - 0.5 / math.sqrt(3)) < 0.05
         elif isinstance(module, Mamba2):
+            assert module.log_decay.rates == (1, 16)
             assert (module.D == 1).all()
+
+
+def test_time_steps_and_rates_fill_their_ranges():
+    torch.manual_seed(0)
+    gate = SoftplusDecay(20_000, rates=(0.0, 16.0)).double()
+    rate, dt = gate.A_log.exp(), F.softplus(gate.dt_bias)
+    assert 0 < rate.min() < 0.01 < 15.99 < rate.max() < 16.001
+    assert abs(rate.mean() - 8) < 0.1
+    assert 0.0009999 < dt.min() < 0.001002 < 0.0998 < dt.max() < 0.10001
+    assert abs(dt.log().mean() - math.log(0.01)) < 0.03
+
+
+@pytest.mark.parametrize(("name", "options"), WIDE.items(), ids=WIDE)
+def test_a_token_takes_the_recurrent_step(name, options, monkeypatch):
+    layer = MIXERS[name](96, **options)
+    state = layer.init_state(2)
+    monkeypatch.setattr("lm_zoo.layers.base.linear_attention", None)
+    with torch.no_grad():
+        assert layer(torch.ones(2, 1, 96), state=state).shape == (2, 1, 96)
+    with pytest.raises(TypeError, match="NoneType"):
+        layer(torch.ones(2, 2, 96), state=state)
 
 
 @pytest.mark.parametrize(("name", "options"), WIDE.items(), ids=WIDE)
