@@ -77,6 +77,7 @@ def build_parser() -> Parser:
     mixers.add_argument(
         "--hidden-size", type=_positive, default=512, metavar="D", help="size that is counted at (default 512)"
     )
+    mixers.add_argument("--markdown", action="store_true", help="the page docs/zoo.md, with equations and presets")
     mixers.set_defaults(command=_list)
     return parser
 
@@ -119,6 +120,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
+    if arguments.markdown:
+        from lm_zoo.eval.zoo_page import zoo_page
+
+        print(zoo_page(arguments.hidden_size), end="")
+        return
     from lm_zoo.eval.mixers import print_mixers
 
     print_mixers(arguments.hidden_size)
