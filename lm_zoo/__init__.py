@@ -8,13 +8,44 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_zoo.cache import ZooCache
 from lm_zoo.config import ZooConfig
-from lm_zoo.layers import MIXERS, GatedLinearAttention, LayerState, Mixer, MultiScaleRetention, SoftmaxAttention
+from lm_zoo.layers import (
+    HGRN,
+    HGRN2,
+    MIXERS,
+    S4D,
+    DeltaNet,
+    DeltaProduct,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+    LayerState,
+    LightNet,
+    LightningAttention,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    Mixer,
+    MultiScaleRetention,
+    SoftmaxAttention,
+)
 from lm_zoo.model import ZooForCausalLM, ZooModel
 
 __all__ = [
+    "HGRN",
+    "HGRN2",
     "MIXERS",
+    "S4D",
+    "DeltaNet",
+    "DeltaProduct",
+    "GatedDeltaNet",
     "GatedLinearAttention",
+    "KimiDeltaAttention",
     "LayerState",
+    "LightNet",
+    "LightningAttention",
+    "LinearAttention",
+    "Mamba",
+    "Mamba2",
     "Mixer",
     "MultiScaleRetention",
     "SoftmaxAttention",

@@ -11,7 +11,8 @@ from torch import nn
 
 from lm_zoo.errors import UserError
 
-GATE_PARAMETERS = ("A_log", "dt_bias")  # log-decays and their biases: shrinking them would change what a layer forgets
+# Decays, lower bounds of gates and phases: shrinking them would change what a layer forgets, and where it looks.
+GATE_PARAMETERS = ("A_log", "A_imaginary", "dt_bias", "logits", "theta")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

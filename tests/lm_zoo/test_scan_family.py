@@ -14,6 +14,7 @@ from lm_zoo.layers.hgrn import HGRN
 from lm_zoo.layers.mamba import Mamba
 from lm_zoo.layers.s4d import S4D
 from lm_zoo.modules.lower_bounds import LowerBounds, bounded_gate
+from lm_zoo.train.optim import parameter_groups
 
 B, T, D = 2, 11, 24
 
@@ -231,6 +232,16 @@ def test_mamba_starts_as_in_the_paper():
         assert 0.00099 < dt.min() < 0.003 < 0.03 < dt.max() < 0.101
         assert (mixer.D == 1).all()
         assert 0.4 < mixer.dt_proj.weight.abs().max() <= 0.5
+
+
+def test_weight_decay_leaves_decays_bounds_and_phases_alone():
+    mixers = {"lightning": {"num_heads": 2}, "hgrn": {"complex": True}, "s4d": {}, "mamba": {}}
+    model = ZooForCausalLM(ZooConfig(vocab_size=7, hidden_size=16, num_hidden_layers=4, mixers=mixers))
+    decayed = {id(parameter) for parameter in parameter_groups(model, 0.1)[0]["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    kinds = {name.rpartition(".")[2] for name in names}
+    assert kinds == {"weight", "C"}
+    assert {"model.layers.0.mixer.q_proj.weight", "model.layers.3.mixer.conv.weight"} <= names
 
 
 def test_missing_weights_leave_the_loaded_ones_alone(tmp_path):
