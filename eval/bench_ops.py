@@ -26,6 +26,10 @@ B, T, H, K, CHUNK = 1, 2048, 8, 64, 64
 LENGTHS = (4096, 8192, 16384)
 
 
+# Name of the op, whether the backward pass is included, the op, name of the rival, the rival.
+Plan = tuple[str, bool, Callable[[], object], str, Callable[[], object]]
+
+
 @dataclass
 class Row:
     name: str
@@ -132,6 +136,10 @@ def measure(turns: int) -> list[Row]:
             ("delta rule, decay per channel", backward, ours("channel", True, backward), "gated delta rule",
              ours("scalar", True, backward)),
         ]  # fmt: skip
+    return measure_plans(plans, turns)
+
+
+def measure_plans(plans: list[Plan], turns: int) -> list[Row]:
     rows = []
     for name, backward, op, rival_name, rival in plans:
         times, rival_times = compare(op, rival, turns)
@@ -191,8 +199,8 @@ def print_lengths(lengths: list[Length]) -> None:
     Console().print(table)
 
 
-def print_table(rows: list[Row]) -> None:
-    title = f"B {B}  H {H}  T {T}  K = V = {K}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+def print_table(rows: list[Row], sizes: str = f"B {B}  H {H}  T {T}  K = V = {K}") -> None:
+    title = f"{sizes}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
     table = Table("op", "direction", "ms", "against", "ms", "times as fast", "range", title=title)
     for row in rows:
         low, high = row.ratio_range

@@ -1,6 +1,6 @@
 """The scan in two levels, forward and backward, as a custom op with autograd.
 
-Time is cut into chunks of about sqrt(T) tokens. A first pass steps through all chunks side by side, for what each of
+Time is cut into chunks of sqrt(T) / 2 tokens. A first pass steps through all chunks side by side, for what each of
 them adds to the state and the product of its decays; the states are then carried from chunk to chunk; a second pass
 steps through all chunks again, each from its own state, and writes h. Nothing is divided by a product of decays, so
 any |a| <= 1 is fine, 0 and products that underflow included, and beside h the scan needs O(sqrt(T)) memory.
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lm_zoo.kernels.checks import check_bounds
 
-# Elements of one tensor that are scanned at a time, 4 MiB in float32: the second pass finds x and decay in the cache.
-SEGMENT_ELEMENTS = 2**20
+# Elements of one tensor that are scanned at a time, 8 MiB in float32: the second pass finds x and decay in the cache.
+SEGMENT_ELEMENTS = 2**21
 # Elements per token from which on stepping token by token, one pass instead of two, is quicker.
 WIDE = 2**13
 # How far |decay| may be above 1: the rounding of a complex number on the unit circle, and of finite differences.
@@ -39,7 +39,8 @@ def scan_(x: Tensor, decay: Tensor, state: Tensor, h: Tensor, reverse: bool) -> 
     done = 0
     while done < length:
         size = min(length - done, limit)
-        run = size if per_token >= WIDE else isqrt(size)  # tokens of a chunk
+        # Tokens of a chunk: shorter than sqrt(size), so that a step over all chunks has work for several threads.
+        run = size if per_token >= WIDE else max(1, isqrt(size) // 2)
         chunks = size // run
         size = chunks * run
         start = length - done - size if reverse else done
