@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+import multiprocess
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -107,6 +109,8 @@ class Corpus:
 
 
 def _encode(rows: dict[str, list], *, source: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    if multiprocess.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     pieces = list(source.pieces(rows))
     texts = [piece.text for piece in pieces]
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -130,18 +134,21 @@ def _write_all(
     folder: Path,
     num_proc: int | None,
 ) -> None:
-    with _one_level_of_parallelism(num_proc):
-        rows.map(
-            encode,
-            batched=True,
-            batch_size=ROWS_PER_BATCH,
-            remove_columns=rows.column_names,
-            features=columns,
-            num_proc=num_proc,
-            cache_file_name=str(folder / "tokens.arrow"),
-            new_fingerprint=folder.name.strip(".").replace("-", ""),
-            desc="Tokenising",
-        )
+    try:
+        with _one_level_of_parallelism(num_proc):
+            rows.map(
+                encode,
+                batched=True,
+                batch_size=ROWS_PER_BATCH,
+                remove_columns=rows.column_names,
+                features=columns,
+                num_proc=num_proc,
+                cache_file_name=str(folder / "tokens.arrow"),
+                new_fingerprint="tokens",  # any name will do: the file is given
+                desc="Tokenising",
+            )
+    except multiprocess.TimeoutError as error:  # how `datasets` ends when Ctrl-C stops it waiting for its workers
+        raise KeyboardInterrupt from error
 
 
 def _write_stream(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -78,27 +77,24 @@ class TextData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         _check_choices(files, dataset, val_files, val_split)
-        for name, value, low in [
-            ("max_tokens", max_tokens, 1), ("vocab_size", vocab_size, SMALLEST_BPE), ("seq_len", seq_len, 2),
-            ("batch_size", batch_size, 1), ("seed", seed, 0), ("num_proc", num_proc, 1),
-            ("num_workers", num_workers, 0),
-        ]:  # fmt: skip
-            if value is not None and value < low:
-                raise UserError(f"data.{name}={value} is not possible; give at least {low}")
+        _check_at_least(0, seed=seed, num_workers=num_workers)
+        _check_at_least(1, max_tokens=max_tokens, batch_size=batch_size, num_proc=num_proc)
+        _check_at_least(2, seq_len=seq_len)
+        _check_at_least(SMALLEST_BPE, vocab_size=vocab_size)
         if not 0 <= val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction} is not possible; give a fraction from 0 to below 1")
         if epochs is not None and epochs <= 0:
             raise UserError(f"data.epochs={epochs} is not possible; give a number above 0")
-        from_files = functools.partial(
-            file_source, text_column=text_column, separator=separator or None, streaming=streaming
-        )
-        from_name = functools.partial(Table, dataset, config=config, text_column=text_column, streaming=streaming)
-        self.source: Source = from_files(_files(files)) if files else from_name(split=split)
-        self.val_source: Source | None = None
-        if val_files:
-            self.val_source = from_files(_files(val_files))
-        elif val_split:
-            self.val_source = from_name(split=val_split)
+        options = {"text_column": text_column, "streaming": streaming}
+
+        def source(names: str | list[str] | None, split: str) -> Source:
+            if names is None:
+                return Table(dataset, config=config, split=split, **options)
+            names = [names] if isinstance(names, str) else names
+            return file_source(find_files(names), separator=separator or None, **options)
+
+        self.source = source(files, split)
+        self.val_source = source(val_files, val_split) if val_files or val_split else None
         self.max_tokens, self.val_fraction = max_tokens, 0.0 if self.val_source else val_fraction
         self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
         self.seq_len, self.batch_size, self.respect_documents = seq_len, batch_size, respect_documents
@@ -239,8 +235,10 @@ def _check_choices(files, dataset, val_files, val_split) -> None:
         raise UserError("data.val_split needs data.dataset; give data.val_files to validate on files")
 
 
-def _files(names: str | list[str]) -> tuple[Path, ...]:
-    return find_files([names] if isinstance(names, str) else names)
+def _check_at_least(low: int, **options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < low:
+            raise UserError(f"data.{name}={value} is not possible; give at least {low}")
 
 
 def _sample(source: Source) -> Iterator[str]:

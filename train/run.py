@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from lm_zoo.errors import UserError
+from lm_zoo.errors import UserError, one_line
 from lm_zoo.train.checkpoints import (
     Checkpoints,
     WholeFileIO,
@@ -138,9 +138,17 @@ def describe(trainer: L.Trainer, data: TextData) -> None:
 def export(module: ZooModule, folder: Path) -> None:
     """The model and its tokenizer as a Hugging Face folder."""
     disable_progress_bar()  # of transformers: it would draw one for writing a single file
-    with whole_folder(folder) as unfinished:
-        module.model.save_pretrained(unfinished)
-        module.tokenizer.save_pretrained(unfinished)
+    try:
+        with whole_folder(folder) as unfinished:
+            module.model.save_pretrained(unfinished)
+            module.tokenizer.save_pretrained(unfinished)
+    except Exception as error:
+        if "os error" not in str(error):  # what safetensors and tokenizers call a full disk
+            raise
+        raise UserError(
+            f"cannot save {folder}: {one_line(error)}; the checkpoints are whole: free some space, then run the same "
+            "again with --resume last"
+        ) from error
 
 
 def _as_list(value: Any) -> list:

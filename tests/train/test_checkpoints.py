@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lm_zoo.errors import UserError
 from lm_zoo.train import Checkpoints, Interrupted
 from lm_zoo.train.checkpoints import find_checkpoints, read_checkpoint
+from lm_zoo.train.run import export
 
 
 class Press(L.Callback):
@@ -114,6 +115,25 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(start_run, tm
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002.ckpt"]
     trainer, _ = start_run("run", max_steps=6, resume="last", checkpoints=checkpoints)
     assert trainer.global_step == 6
+
+
+def test_a_full_disk_at_the_end_leaves_the_run_to_be_finished(start_run, tmp_path, monkeypatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def export_to_a_full_disk(module, folder) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            export(module, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr("lm_zoo.train.run.export", export_to_a_full_disk)
+    with pytest.raises(UserError, match=r"cannot save .*model: .*; the checkpoints are whole: free some space"):
+        start_run("run", max_steps=2)
+    assert not any("model" in path.name for path in (tmp_path / "run").iterdir())
+    monkeypatch.undo()
+    start_run("run", max_steps=2, resume="last")
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_damaged_or_foreign_checkpoints_are_refused(start_run, tmp_path, tiny) -> None:

@@ -34,10 +34,12 @@ def curve(out) -> list[dict]:
     ids=lambda value: str(value),
 )
 def test_a_crash_and_a_resume_change_nothing(start_run, tmp_path, accumulate, crash_at) -> None:
+    """Sums for the log, the order within an epoch of five batches, validations: all go on where they were."""
     options = {
-        "max_steps": 9, "accumulate_grad_batches": accumulate, "val_check_interval": 2 * accumulate,
+        "max_steps": 9, "accumulate_grad_batches": accumulate, "log_every_n_steps": 4,
+        "val_check_interval": 2 * accumulate, "limit_val_batches": 3,
     }  # fmt: skip
-    data = {"val_fraction": 0.1}
+    data = {"val_fraction": 0.1, "max_tokens": 5 * 32}
     _, whole = start_run("whole", data=data, **options)
     with pytest.raises(Crash):
         start_run(
