@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lm_zoo.kernels.checks import check_same, check_shape, check_tensor
+from lm_zoo.kernels.selective_scan.torch_passes import LOG2_E
 
 
 @torch.no_grad()
@@ -41,9 +42,9 @@ def selective_scan_step(
     _check_arguments(x, dt, A, B, C, D, z, state)
     dtype = state.dtype
     xs, dts = x.to(dtype), dt.to(dtype)
-    state.mul_((dts.unsqueeze(2) * A).exp_())
+    state.mul_(((dts * LOG2_E).unsqueeze(2) * A.to(dtype)).exp2_())  # on a CPU more than twice as quick as exp
     state.addcmul_((dts * xs).unsqueeze(2), B.to(dtype).unsqueeze(1))
-    y = (state @ C.to(dtype).unsqueeze(2)).squeeze(2)
+    y = (state * C.to(dtype).unsqueeze(1)).sum(dim=2)  # for several rows twice as quick as a product
     if D is not None:
         y.addcmul_(xs, D.to(dtype))
     if z is not None:

@@ -240,10 +240,10 @@ def test_compiles_without_a_graph_break(reverse, packed):
     check(actual, run(inputs, "torch", **options), 1e-12)
 
 
-@pytest.mark.parametrize("decays", ["uniform", "disc"])
-def test_custom_op_is_registered_faithfully(decays):
+@pytest.mark.parametrize(("decays", "dtype"), [("uniform", torch.bfloat16), ("disc", torch.complex128)])
+def test_custom_op_is_registered_faithfully(decays, dtype):
     inputs = make_inputs(decays, T=30)
-    arguments = [inputs[name].requires_grad_() for name in NAMES]
+    arguments = [inputs[name].to(dtype).requires_grad_() for name in NAMES]
     torch.library.opcheck(torch.ops.lm_zoo.linear_scan, (*arguments, None, True))
 
 

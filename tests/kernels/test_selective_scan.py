@@ -78,6 +78,7 @@ def test_blocks_of_rows_and_channels(elements, channels, monkeypatch):
     monkeypatch.setattr(runs, "BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(runs, "MIN_CHANNELS", channels)
     inputs = make_inputs(T=70, batch=5)
+    assert len(runs.cut_runs(inputs["x"], 4, None)) > 1
     check(run(inputs), run(inputs, "reference"), 1e-12)
     packed = make_inputs(T=70, batch=1, states=2)
     options = {"cu_seqlens": torch.tensor([0, 33, 70])}
@@ -226,9 +227,9 @@ def test_compiles_without_a_graph_break(packed):
     check(run(inputs, "auto", compiled, **options), run(inputs, **options), 1e-12)
 
 
-@pytest.mark.parametrize("without", [(), OPTIONAL], ids=["full", "bare"])
-def test_custom_op_is_registered_faithfully(without):
-    inputs = make_inputs(T=40, without=without)
+@pytest.mark.parametrize(("without", "dtype"), [((), torch.float64), (OPTIONAL, torch.bfloat16)], ids=["full", "bare"])
+def test_custom_op_is_registered_faithfully(without, dtype):
+    inputs = cast(make_inputs(T=40, without=without), dtype)
     arguments = [None if x is None else x.requires_grad_() for x in inputs.values()]
     torch.library.opcheck(torch.ops.lm_zoo.selective_scan, (*arguments, None, True))
 
