@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,9 +126,11 @@ class TextData(L.LightningDataModule):
             self.train_rows = Rows(training, self.seq_len, self.max_tokens)
             self.val_rows = Rows(validation, self.seq_len)
             self._check_rows()
+        if stage == "fit":
+            self._settle_length()
 
     def count_steps(self) -> int:
-        """Optimizer steps of the run, which is one long pass over an endless order: max_steps, or so many epochs."""
+        """Optimizer steps of the run: trainer.max_steps, or so many epochs."""
         trainer = self.trainer
         if trainer.max_steps > 0:
             if self.epochs is not None:
@@ -144,8 +147,7 @@ class TextData(L.LightningDataModule):
 
     def train_dataloader(self) -> RowLoader:
         order = RowOrder(len(self.train_rows), self.batch_size, seed=self.seed, **self._process)
-        # One more than will be used: a finished run can then be resumed with more steps.
-        num_batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches + 1
+        num_batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         return RowLoader(self.train_rows, order, num_batches, **self._loader_options)
 
     def val_dataloader(self) -> DataLoader:
@@ -208,6 +210,16 @@ class TextData(L.LightningDataModule):
                 f"the validation text{held_out} has {self.val_rows.selection.num_tokens:,} tokens, less than one row "
                 f"of data.seq_len={self.seq_len}; {remedy}, or lower data.seq_len"
             )
+
+    def _settle_length(self) -> None:
+        """To the Trainer, the run is one epoch of max_steps steps. Validations stand at their borders, as checkpoints do."""
+        trainer = self.trainer
+        trainer.fit_loop.epoch_loop.max_steps = self.count_steps()
+        if isinstance(trainer.val_check_interval, int):
+            accumulated = trainer.accumulate_grad_batches
+            trainer.val_check_interval = math.ceil(trainer.val_check_interval / accumulated) * accumulated
+        if not len(self.val_rows):
+            trainer.limit_val_batches = 0
 
     @property
     def _process(self) -> dict[str, int]:

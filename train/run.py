@@ -10,14 +10,12 @@ The run's folder then holds `model/` (a Hugging Face folder with its tokenizer),
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from lm_zoo.errors import UserError, one_line
@@ -88,12 +86,11 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
     checkpoint = checkpoint_to_resume(resume, out) if resume else None
     check_run(trainer, out, checkpoint)
     data.trainer = trainer
-    if trainer.is_global_zero:
+    if trainer.is_global_zero:  # the other processes find the cache when Lightning lets them in
         data.prepare_data()
-    data.setup()
-    module.zoo_config(data.tokenizer)
-    settle_length(trainer, data)
-    describe(trainer, data)
+        data.setup()
+        module.zoo_config(data.tokenizer)
+        describe(trainer, data)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         if len(data.val_rows) and not MetricsFile(out).has_validation(trainer.global_step):
@@ -112,25 +109,12 @@ def check_run(trainer: L.Trainer, out: Path, checkpoint: Path | None) -> None:
         raise UserError(f"{out} already holds a run; continue it with --resume last, or choose another --out")
 
 
-def settle_length(trainer: L.Trainer, data: TextData) -> None:
-    """The run is one long pass of max_steps steps. Validations stand at step borders, where checkpoints do."""
-    trainer.fit_loop.epoch_loop.max_steps = data.count_steps()
-    accumulated, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
-    if isinstance(interval, float):  # a part of the run
-        interval = math.ceil(interval * trainer.max_steps * accumulated)
-    if isinstance(interval, int):
-        trainer.val_check_interval = math.ceil(interval / accumulated) * accumulated
-    if not len(data.val_rows):
-        trainer.limit_val_batches = 0
-
-
-@rank_zero_only
 def describe(trainer: L.Trainer, data: TextData) -> None:
     tokens_per_step = data.batch_size * data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
     training, validation = (rows.selection.num_tokens for rows in (data.train_rows, data.val_rows))
     print(
         f"{training:,} tokens to train on, {validation:,} to validate on; "
-        f"{trainer.max_steps:,} steps of {tokens_per_step:,} tokens",
+        f"{data.count_steps():,} steps of {tokens_per_step:,} tokens",
         file=sys.stderr,
     )
 

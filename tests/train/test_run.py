@@ -52,6 +52,15 @@ def test_the_folder_of_a_run(start_run, tmp_path) -> None:
     assert validated == ["2", "4"]  # the last step once, though an interval ends there too
 
 
+@pytest.mark.parametrize(("interval", "steps"), [(4, "246"), (1, "123456")])
+def test_validations_stand_at_step_borders(start_run, tmp_path, interval, steps) -> None:
+    """The interval counts batches; with three of them to a step it is rounded up to whole steps."""
+    options = {"val_check_interval": interval, "limit_val_batches": 1, "data": VALIDATED}
+    start_run("run", max_steps=6, accumulate_grad_batches=3, **options)
+    lines = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert [line["step"] for line in lines if line["val_loss"]] == list(steps)
+
+
 def test_the_logged_loss_is_the_mean_over_tokens(start_run, tmp_path) -> None:
     """Also over micro-batches with different numbers of documents."""
     losses = []
@@ -90,13 +99,17 @@ def test_epochs_count_the_steps(start_run, tmp_path) -> None:
 
 
 def test_a_finished_run_can_be_continued(start_run, tmp_path) -> None:
-    constant = {"schedule": "constant", "warmup": 0}
-    _, whole = start_run("whole", max_steps=6, model=constant)
-    start_run("parts", max_steps=3, model=constant)
-    _, continued = start_run("parts", max_steps=6, model=constant, resume="last")
+    options = {
+        "model": {"schedule": "constant", "warmup": 0}, "accumulate_grad_batches": 2, "data": VALIDATED,
+        "val_check_interval": 4, "limit_val_batches": 2,
+    }  # fmt: skip
+    _, whole = start_run("whole", max_steps=6, **options)
+    start_run("parts", max_steps=3, **options)
+    _, continued = start_run("parts", max_steps=6, resume="last", **options)
     assert torch.equal(continued.model.lm_head.weight, whole.model.lm_head.weight)
-    start_run("parts", max_steps=6, model=constant, resume="last")  # nothing left to do: exports again
-    assert [line["step"] for line in read_metrics(tmp_path / "parts" / "metrics.csv")] == list("123456")
+    start_run("parts", max_steps=6, resume="last", **options)  # nothing left to do: exports again
+    validated = [line["step"] for line in read_metrics(tmp_path / "parts" / "metrics.csv") if line["val_loss"]]
+    assert validated == list("2346")
 
 
 @pytest.mark.parametrize("respect_documents", [True, False])
