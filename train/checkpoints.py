@@ -38,6 +38,8 @@ class Checkpoints(Checkpoint):
     Args:
         every_n_steps: Optimizer steps between checkpoints.
         keep: How many to keep, the newest ones; 0 keeps all.
+
+    A run that is resumed from an earlier checkpoint replaces the later ones.
     """
 
     def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
@@ -89,9 +91,16 @@ class Checkpoints(Checkpoint):
             return
         trainer.save_checkpoint(self.path(trainer))
         self._saved_step = trainer.global_step
-        if self.keep:
-            for older in find_checkpoints(self.path(trainer).parent)[: -self.keep]:
-                trainer.strategy.remove_checkpoint(older)
+        if trainer.is_global_zero:
+            self._remove_others(trainer)
+
+    def _remove_others(self, trainer: L.Trainer) -> None:
+        newest = self.path(trainer)
+        found = find_checkpoints(newest.parent)
+        count = found.index(newest) + 1
+        superseded = found[: max(0, count - self.keep)] if self.keep else []
+        for path in superseded + found[count:]:
+            trainer.strategy.checkpoint_io.remove_checkpoint(path)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if self._signum is not None and signum == signal.SIGINT:
@@ -115,10 +124,12 @@ class WholeFileIO(TorchCheckpointIO):
             with whole_file(Path(path)) as unfinished, unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
-            reason = error if isinstance(error, OSError) else error.__context__ or error
+            reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own error hides it
+            if not isinstance(reason, OSError):
+                raise
             raise UserError(
-                f"cannot save {path}: {getattr(reason, 'strerror', None) or reason}; earlier checkpoints are whole: "
-                "free some space, then continue with --resume last"
+                f"cannot save {path}: {reason.strerror}; earlier checkpoints are whole: free some space, then continue "
+                "with --resume last"
             ) from error
 
     def load_checkpoint(

@@ -82,6 +82,8 @@ class TrainCLI(LightningCLI):
                 raise UserError(f"{group}: expected options and their values, got {self.config[group]!r}")
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
+        if self.config.trainer.default_root_dir is not None:
+            raise UserError("trainer.default_root_dir is not used here; give --out instead")
         parts = trainer_parts(Path(self.config.out), vars(self.config_init.trainer), self.config_init.checkpoint)
         parts["callbacks"].append(SaveConfig(self.parser, self.config, Path(self.config.out)))
         try:

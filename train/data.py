@@ -132,6 +132,8 @@ class TextData(L.LightningDataModule):
     def count_steps(self) -> int:
         """Optimizer steps of the run: trainer.max_steps, or so many epochs."""
         trainer = self.trainer
+        if trainer.max_epochs not in (None, -1):
+            raise UserError(f"trainer.max_epochs={trainer.max_epochs} is not used here; give data.epochs instead")
         if trainer.max_steps > 0:
             if self.epochs is not None:
                 raise UserError("data.epochs and trainer.max_steps both say how long to train; give one of them")
@@ -212,7 +214,7 @@ class TextData(L.LightningDataModule):
             )
 
     def _settle_length(self) -> None:
-        """To the Trainer, the run is one epoch of max_steps steps. Validations stand at their borders, as checkpoints do."""
+        """To the Trainer, the run is one epoch of max_steps steps. Validations, too, stand at step borders."""
         trainer = self.trainer
         trainer.fit_loop.epoch_loop.max_steps = self.count_steps()
         if isinstance(trainer.val_check_interval, int):

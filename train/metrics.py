@@ -27,17 +27,19 @@ class Metrics(L.Callback):
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
-        self._tokens = 0  # of the whole run, over all processes
-        self._sums: torch.Tensor | list[float] = [0.0, 0.0, 0.0]  # loss, targets and tokens since the last log
+        self._run_tokens = 0  # over all processes
+        self._loss: torch.Tensor | float = 0.0  # these three since the last log, in this process
+        self._targets = self._tokens = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self._tokens, "sums": [float(value) for value in self._sums]}
+        return {"run": self._run_tokens, "since": [float(self._loss), self._targets, self._tokens]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._tokens, self._sums = state["tokens"], state["sums"]
+        self._run_tokens = state["run"]
+        self._loss, self._targets, self._tokens = state["since"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._sums = torch.tensor(self._sums, dtype=torch.float32, device=module.device)
+        self._loss = torch.tensor(self._loss, dtype=torch.float32, device=module.device)
         self._step = trainer.global_step
         self._start_clock()
         for logger in trainer.loggers:
@@ -45,9 +47,11 @@ class Metrics(L.Callback):
                 logger.rewind(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs: dict, batch: dict, batch_idx: int) -> None:
+        targets, tokens = batch["num_targets"], batch["input_ids"].numel()
         loss = outputs["loss"] * trainer.accumulate_grad_batches  # Lightning has divided by it
-        count, tokens = batch["num_targets"], batch["input_ids"].numel()
-        self._sums += torch.stack([loss * count, loss.new_tensor(count), loss.new_tensor(tokens)]).float()
+        self._loss += loss.float() * targets
+        self._targets += targets
+        self._tokens += tokens
         self._clocked_tokens += tokens
         self._batch_end = time.monotonic()
         step = trainer.global_step
@@ -74,22 +78,25 @@ class Metrics(L.Callback):
         self._log(trainer, values)
 
     def _log_training(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        loss, targets, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        counts = self._loss.new_tensor([self._targets, self._tokens])
+        sums = trainer.strategy.reduce(torch.cat([self._loss[None], counts]), reduce_op="sum")
+        loss, targets, tokens = sums.tolist()
         if not math.isfinite(loss):
             raise diverged(trainer.global_step)
         elapsed = time.monotonic() - self._clock
-        self._tokens += int(tokens)
+        self._run_tokens += int(tokens)
         self._log(
             trainer,
             {
-                "tokens": self._tokens,
+                "tokens": self._run_tokens,
                 "train_loss": loss / targets,
                 "learning_rate": module.step_metrics["learning_rate"],
                 "gradient_norm": float(module.step_metrics["gradient_norm"]),
                 "tokens_per_second": self._clocked_tokens * trainer.world_size / elapsed,
             },
         )
-        self._sums = torch.zeros_like(self._sums)
+        self._loss = torch.zeros_like(self._loss)
+        self._targets = self._tokens = 0
         self._start_clock()
 
     def _log(self, trainer: L.Trainer, values: dict[str, float]) -> None:
@@ -102,7 +109,7 @@ class Metrics(L.Callback):
 
 
 class MetricsFile(Logger):
-    """`metrics.csv`: a line per log. A resumed run continues it from the step that it resumes at."""
+    """`metrics.csv`: a line per log, of these columns. A resumed run continues it from the step that it resumes at."""
 
     COLUMNS = (
         "step", "tokens", "train_loss", "val_loss", "val_bits_per_byte", "learning_rate", "gradient_norm",
@@ -175,21 +182,26 @@ def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
     figure = Figure(figsize=(7, 4.5))
     axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats per token)")
     for index, (name, path) in enumerate(runs.items()):
-        lines, color = read_metrics(path) if path.exists() else [], f"C{index}"
-        tokens = 0.0
-        curves: dict[str, list[tuple[float, float]]] = {"train_loss": [], "val_loss": []}
-        for line in lines:
-            tokens = float(line["tokens"] or tokens)
-            for column, points in curves.items():
-                if line[column]:
-                    points.append((tokens, float(line[column])))
-        styles = {"train_loss": {"alpha": 0.5, "linewidth": 1}, "val_loss": {"marker": "o", "markersize": 4}}
-        for column, points in curves.items():
+        lines = read_metrics(path) if path.exists() else []
+        for column, what, style in [
+            ("train_loss", "training", {"alpha": 0.5, "linewidth": 1}),
+            ("val_loss", "validation", {"marker": "o", "markersize": 4}),
+        ]:
+            points = _curve(lines, column)
             if points:
-                label = f"{name} {'training' if column == 'train_loss' else 'validation'}".strip()
-                axes.plot(*zip(*points, strict=True), color=color, label=label, **styles[column])
+                axes.plot(*zip(*points, strict=True), color=f"C{index}", label=f"{name} {what}".strip(), **style)
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)
     with whole_file(picture) as unfinished:
         figure.savefig(unfinished, format="png", dpi=150)
+
+
+def _curve(lines: list[dict[str, str]], column: str) -> list[tuple[float, float]]:
+    """(tokens, value) wherever the column has one; a line without a count of tokens has that of the line before."""
+    points, tokens = [], 0.0
+    for line in lines:
+        tokens = float(line["tokens"] or tokens)
+        if line[column]:
+            points.append((tokens, float(line[column])))
+    return points

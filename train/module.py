@@ -110,15 +110,16 @@ class ZooModule(L.LightningModule):
             raise diverged(self.global_step) from error  # on a CPU, where looking is free, the ops refuse NaN
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = torch.zeros(2, device=self.device)  # sum of losses, number of targets
+        self._val_loss, self._val_targets = torch.zeros((), device=self.device), 0
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        count = batch["num_targets"]
-        self._validation += torch.stack([self(batch).float() * count, self._validation.new_tensor(count)])
+        self._val_loss += self(batch).float() * batch["num_targets"]
+        self._val_targets += batch["num_targets"]
 
     def on_validation_epoch_end(self) -> None:
-        total, count = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
-        loss = total / count
+        sums = torch.stack([self._val_loss, self._val_loss.new_tensor(self._val_targets)])
+        total, targets = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        loss = total / targets
         bits_per_byte = loss / math.log(2) * self.trainer.datamodule.val_tokens_per_byte
         self.log_dict({"val_loss": loss, "val_bits_per_byte": bits_per_byte}, logger=False, sync_dist=True)
 

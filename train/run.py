@@ -90,7 +90,8 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
         data.prepare_data()
         data.setup()
         module.zoo_config(data.tokenizer)
-        describe(trainer, data)
+        if trainer.progress_bar_callback is not None:
+            describe(trainer, data)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         if len(data.val_rows) and not MetricsFile(out).has_validation(trainer.global_step):

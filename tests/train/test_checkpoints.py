@@ -156,6 +156,17 @@ def test_damaged_or_foreign_checkpoints_are_refused(start_run, tmp_path, tiny) -
         start_run("other", max_steps=4, resume="last")
 
 
+def test_a_resume_from_an_earlier_checkpoint_replaces_the_later_ones(start_run, tmp_path) -> None:
+    options = {"max_steps": 6, "checkpoints": Checkpoints(every_n_steps=2, keep=0)}
+    start_run("run", **options)
+    first = find_checkpoints(tmp_path / "run" / "checkpoints")[0]
+    crash = Press("on_train_batch_start", 3, signal.SIGINT)
+    with pytest.raises(Interrupted):
+        start_run("run", resume=first, callbacks=[crash], **options)
+    names = [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000002.ckpt", "step-00000004.ckpt", "step-00000005.ckpt"]
+
+
 def test_only_the_newest_are_kept(start_run, tmp_path) -> None:
     start_run("run", max_steps=5, checkpoints=Checkpoints(every_n_steps=1, keep=2))
     names = [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")]

@@ -94,6 +94,8 @@ def test_epochs_count_the_steps(start_run, tmp_path) -> None:
     assert trainer.global_step == 7  # 15 batches are 7 steps of two
     with pytest.raises(UserError, match=r"data\.epochs and trainer\.max_steps both say how long to train"):
         start_run("other", data=data, max_steps=3)
+    with pytest.raises(UserError, match=r"trainer\.max_epochs=3 is not used here; give data\.epochs instead"):
+        start_run("other", max_epochs=3)
     with pytest.raises(UserError, match="less than one step of 400 rows"):
         start_run("other", data={"max_tokens": 16 * 50}, accumulate_grad_batches=200)
 
