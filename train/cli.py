@@ -98,7 +98,7 @@ class SaveConfig(L.Callback):
     def __init__(self, parser: LightningArgumentParser, config: Any, out: Path) -> None:
         config = config.clone()
         config.resume = None
-        self._text = parser.dump(config, skip_none=False)
+        self._text = parser.dump(config, skip_unset=False)
         self._path = out / "config.yaml"
 
     @rank_zero_only

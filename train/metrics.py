@@ -178,8 +178,10 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
     """Training and validation loss over tokens, for one or several runs: name -> its metrics.csv."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.2))
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.97)
     axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats per token)")
     for index, (name, path) in enumerate(runs.items()):
         lines = read_metrics(path) if path.exists() else []
@@ -192,6 +194,7 @@ def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
                 axes.plot(*zip(*points, strict=True), color=f"C{index}", label=f"{name} {what}".strip(), **style)
     if axes.lines:
         axes.legend()
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
     with whole_file(picture) as unfinished:
         figure.savefig(unfinished, format="png", dpi=150)
