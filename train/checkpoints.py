@@ -6,9 +6,9 @@ waits for the step, so a resumed run is the uninterrupted one, bit for bit.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm_zoo.errors import UserError
-from lm_zoo.train.files import whole_file
+from lm_zoo.files import whole_file
 
 NAME = re.compile(r"step-(\d+)\.ckpt")
+STDERR = 2  # its file descriptor
 
 
 class Interrupted(Exception):
@@ -108,7 +109,8 @@ class Checkpoints(Checkpoint):
             raise KeyboardInterrupt
         self._signum = signum
         if rank_zero_only.rank == 0:
-            print("\nstopping after this step; press Ctrl-C again to quit at once", file=sys.stderr, flush=True)
+            # Not through sys.stderr: the signal may have come in the middle of a write to it, which takes no second.
+            os.write(STDERR, b"\nstopping after this step; press Ctrl-C again to quit at once\n")
 
     def _restore_signals(self) -> None:
         for signum, handler in self._handlers.items():

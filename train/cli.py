@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm_zoo.errors import UserError, one_line
+from lm_zoo.files import whole_file
 from lm_zoo.train.checkpoints import Checkpoints, Interrupted
 from lm_zoo.train.data import TextData
-from lm_zoo.train.files import whole_file
 from lm_zoo.train.module import ZooModule
 from lm_zoo.train.quiet import quiet_libraries
 from lm_zoo.train.run import TRAINER_DEFAULTS, run_training, trainer_parts

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from lm_zoo.train.files import whole_folder
+from lm_zoo.files import whole_folder
 from lm_zoo.train.sources import ROWS_PER_BATCH, Source
 from lm_zoo.train.tokenizers import vocabulary_size
 

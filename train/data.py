@@ -13,8 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lm_zoo.errors import UserError
+from lm_zoo.files import whole_folder
 from lm_zoo.train.corpus import Corpus, tokenise
-from lm_zoo.train.files import whole_folder
 from lm_zoo.train.order import RowLoader, RowOrder
 from lm_zoo.train.packing import Rows, Selection, collate_documents, collate_rows, hold_out
 from lm_zoo.train.sources import ROWS_PER_BATCH, Source, Table, file_source, find_files

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lm_zoo.train.files import whole_file
+from lm_zoo.files import whole_file
 from lm_zoo.train.module import diverged
 
 

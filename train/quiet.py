@@ -12,7 +12,7 @@ ON_PURPOSE = (
     r"Checkpoint directory .* exists and is not empty",  # a resumed run
     # Lightning's command line uses what jsonargparse is about to drop; a later Lightning will not.
     r"\s*By default only one JsonargparseDeprecationWarning",
-    r"\s*`+(ArgumentParser\.)?(add_instantiator|instantiate_classes)`+ was deprecated",
+    r"\s*(`+(ArgumentParser\.)?(add_instantiator|instantiate_classes)`+|skip_none parameter) was deprecated",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between torch and Lightning
     r"The number of training batches .* is smaller than the logging interval",  # the last step is always logged
 )

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
 
 from lm_zoo.errors import UserError, one_line
+from lm_zoo.files import whole_folder
 from lm_zoo.train.checkpoints import (
     Checkpoints,
     WholeFileIO,
@@ -27,7 +28,6 @@ from lm_zoo.train.checkpoints import (
     read_checkpoint,
 )
 from lm_zoo.train.data import TextData
-from lm_zoo.train.files import whole_folder
 from lm_zoo.train.metrics import LossPlot, Metrics, MetricsFile
 from lm_zoo.train.module import ZooModule
 from lm_zoo.train.progress import StepProgress

@@ -68,6 +68,18 @@ def test_a_second_interrupt_quits_at_once(start_run, tmp_path) -> None:
     ]
 
 
+def test_an_interrupt_in_the_middle_of_a_message(monkeypatch, capfd) -> None:
+    """Python refuses a second write to a stream from within one, as a signal handler's would be."""
+
+    class Busy:
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    monkeypatch.setattr("sys.stderr", Busy())
+    Checkpoints()._on_signal(signal.SIGINT, None)
+    assert "stopping after this step" in capfd.readouterr().err
+
+
 def test_ctrl_c_at_the_terminal(tmp_path: Path, text_file: Path) -> None:
     """The command itself: exit code 130, a plain message, and the same command with --resume finishes the run."""
     command = [
