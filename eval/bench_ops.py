@@ -67,7 +67,7 @@ def ours(decay: str, delta: bool, backward: bool, length: int = T) -> Callable[[
 
 def transformers_gated_delta(backward: bool, substitution: bool = False) -> Callable[[], object]:
     """Its chunk form in eager mode; with `substitution`, the form that it takes for export, which inverts the triangle
-    row by row, as every version did before it took up `solve_triangular`."""
+    row by row instead of calling `solve_triangular`."""
     from transformers.models.qwen3_next import modeling_qwen3_next
 
     leaves = list(make_inputs("scalar", True, requires_grad=backward).values())

@@ -1,5 +1,7 @@
 """The one model of the zoo: embeddings, blocks of a mixer and an MLP, a final norm, and the output embeddings."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
@@ -127,7 +129,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
     _skip_keys_device_placement = ("past_key_values",)
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _is_stateful = True  # the cache cannot go back, so assisted generation is refused
 
     def __init__(self, config: ZooConfig):
