@@ -3,15 +3,16 @@
     S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
 
 `reference.py` is this recurrence and nothing more. `chunkwise.py` computes it in parallel over chunks of 64 tokens,
-forward and backward, from the passes in `torch_passes.py`. `step.py` is one token at a time, for decoding.
+forward and backward, from the passes in `torch_passes.py` or `triton_passes/`. `step.py` is one token at a time, for
+decoding.
 """
 
 import torch
 from torch import Tensor
 
+from lm_zoo.kernels.backends import choose
 from lm_zoo.kernels.checks import (
     check_cu_seqlens,
-    check_option,
     check_same,
     check_shape,
     check_tensor,
@@ -23,7 +24,7 @@ from lm_zoo.kernels.linear_attention.step import linear_attention_step
 
 __all__ = ["linear_attention", "linear_attention_step"]
 
-BACKENDS = ("auto", "torch", "reference")
+LARGEST_HEAD = 256  # of the Triton kernels, which hold a whole key in one tile
 
 
 def linear_attention(
@@ -59,7 +60,8 @@ def linear_attention(
         initial_state: `[B, HV, K, V]`, or `[N, HV, K, V]` with `cu_seqlens`; zero if not given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: `[N + 1]` int32 or int64, borders of N sequences packed along time, from 0 to T; needs B = 1.
-        backend: "auto", "torch" (chunkwise, any device) or "reference" (token by token, slow).
+        backend: "auto", "triton" (chunkwise, on a GPU), "torch" (chunkwise, any device) or "reference" (token by token,
+            slow). "auto" takes Triton on a GPU where it works, else PyTorch; see `backends.py`.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v, and the final state (float32, or float64 for float64 inputs) or `None`.
@@ -69,7 +71,10 @@ def linear_attention(
         fit, a `cu_seqlens` that does not run from 0 to T, and on a CPU a log_decay above 0, a beta outside [0, 2] or a
         state that is not finite; the message names the argument.
     """
-    _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens, backend)
+    _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens)
+    size = max(q.shape[-1], v.shape[-1])
+    too_large = f"its tiles hold heads of at most {LARGEST_HEAD} channels, got {size}" if size > LARGEST_HEAD else None
+    backend = choose(backend, q, unsupported=too_large)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:2], -1)
@@ -78,11 +83,11 @@ def linear_attention(
         if backend == "reference":
             o, final_state = linear_attention_reference(*arguments)
         else:
-            o, final_state = linear_attention_chunkwise(*arguments, backend="torch")
+            o, final_state = linear_attention_chunkwise(*arguments, backend=backend)
     return o.to(v.dtype), final_state if output_final_state else None
 
 
-def _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens, backend) -> None:
+def _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     check_shape("q", q, "[B, T, H, K]", (-1, -1, -1, -1))
@@ -125,4 +130,3 @@ def _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens, backen
         layout = "[B, HV, K, V]" if cu_seqlens is None else "[N, HV, K, V]"
         check_shape("initial_state", initial_state, layout, (rows, value_heads, key_size, value_size))
         check_values("initial_state", initial_state, "finite", torch.isfinite)
-    check_option("backend", backend, BACKENDS)

@@ -4,46 +4,43 @@ Saved for the backward pass are the inputs, the scores and the triangular invers
 recomputed. As a `torch.library` op it is one opaque node for `torch.compile`.
 """
 
-import sys
+import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lm_zoo.kernels.linear_attention import torch_passes
-from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH, SEGMENT_ELEMENTS, Chunks, Segment
+from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH
 
-BACKENDS: dict[str, ModuleType] = {"torch": torch_passes}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of gates, cumulative sums, states and, in the PyTorch passes, products."""
-    return torch.promote_types(dtype, torch.float32)
+# What has the passes, by backend; imported when it is first used, as not every machine has a Triton.
+PASSES = {
+    "torch": "lm_zoo.kernels.linear_attention.torch_passes",
+    "triton": "lm_zoo.kernels.linear_attention.triton_passes",
+}
 
 
-def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Chunks:
-    per_chunk = v.shape[2] * CHUNK_LENGTH * max(q.shape[3], v.shape[3])
-    chunks_per_segment = max(1, SEGMENT_ELEMENTS // per_chunk) if q.device.type == "cpu" else sys.maxsize
-    return Chunks(*q.shape[:2], cu_seqlens, chunks_per_segment)
+def _passes(backend: str) -> ModuleType:
+    return importlib.import_module(PASSES[backend])
 
 
-def _split_inputs(segment: Segment, dtype: torch.dtype, q, k, v, log_decay, beta):
-    """The inputs of a segment as chunks; q and k repeated for the value heads that share them."""
-    groups = v.shape[2] // k.shape[2]
-    qc, kc, *others = (None if x is None else segment.split(x, dtype) for x in (q, k, v, log_decay, beta))
-    if groups > 1:
-        qc, kc = (None if x is None else x.repeat_interleave(groups, dim=1) for x in (qc, kc))
-    return qc, kc, *others
+def _initial_states(states: Tensor | None, chunks, q: Tensor, v: Tensor) -> Tensor:
+    """A copy, in the order in which `chunks` keeps them, or zeros: also for their gradients."""
+    dtype = _state_dtype(q)
+    if states is None:
+        return q.new_zeros(_state_shape(chunks.sequences, q, v), dtype=dtype)
+    return chunks.sort_states(states.to(dtype))
 
 
-def _sum_groups(gradient: Tensor, heads: int) -> Tensor:
-    """Adds up what the value heads of a group send back to the q or k head that they share."""
-    groups = gradient.shape[1] // heads
-    return gradient if groups == 1 else gradient.unflatten(1, (-1, groups)).sum(2)
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
 
 
 def _state_shape(rows: int, q: Tensor, v: Tensor) -> tuple[int, ...]:
     return rows, v.shape[2], q.shape[3], v.shape[3]
+
+
+def _split(segment, heads: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else segment.split(x, heads) for x in tensors]
 
 
 @torch.library.custom_op("lm_zoo::linear_attention", mutates_args=())
@@ -60,44 +57,36 @@ def chunkwise_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the final states, and if `save`, A_qk, A_kk and T as `[B, T, HV, C]` (empty where they do not exist)."""
-    passes = BACKENDS[backend]
-    dtype = compute_dtype(q.dtype)
-    chunks = _cut(q, v, cu_seqlens)
-    if initial_state is None:
-        state = q.new_zeros(_state_shape(chunks.sequences, q, v), dtype=dtype)
-    else:
-        state = chunks.sort_states(initial_state.to(dtype))
-    o, saved = torch.empty_like(v, memory_format=torch.contiguous_format), _empty_saved(v, beta, dtype, save)
+    passes = _passes(backend)
+    heads, delta = v.shape[2], beta is not None
+    chunks = passes.cut(q, v, cu_seqlens)
+    state = _initial_states(initial_state, chunks, q, v)
+    dtypes = passes.saved_dtypes(q, log_decay, beta) if save else [None] * 3
+    o, saved = None, [None] * 3
 
     for segment in chunks.segments:
-        qc, kc, vc, gc, bc = _split_inputs(segment, dtype, q, k, v, log_decay, beta)
-        G = None if gc is None else passes.cumulative_decay(gc)
-        A_qk, A_kk = passes.chunk_scores(qc, kc, G, scale, delta=beta is not None)
+        qc, kc, vc, gc, bc = _split(segment, heads, q, k, v, log_decay, beta)
+        G = None if gc is None else passes.cumulative_decay(gc, segment)
+        A_qk, A_kk = passes.chunk_scores(qc, kc, G, scale, segment, delta=delta)
         T, u, w = None, vc, None
-        if beta is not None:
-            T = passes.delta_transform(A_kk, bc)
-            u, w = passes.delta_apply(T, kc, vc, G, bc)
-        states, v_new = passes.chunk_states(kc, u, w, G, state, segment.steps)
-        segment.join(passes.chunk_output(qc, v_new, G, A_qk, states, scale), o)
-        if save:
-            for x, out in zip((A_qk, A_kk, T), saved, strict=True):
-                if x is not None:
-                    segment.join(x, out)
-    return o, chunks.unsort_states(state), *saved
-
-
-def _empty_saved(v: Tensor, beta: Tensor | None, dtype: torch.dtype, save: bool) -> list[Tensor]:
-    """A_qk, A_kk and T."""
-    shape = (*v.shape[:3], CHUNK_LENGTH)
-    exists = (True, beta is not None, beta is not None)
-    return [v.new_empty(shape if save and one else (0,), dtype=dtype) for one in exists]
+        if delta:
+            T = passes.delta_transform(A_kk, bc, segment)
+            u, w = passes.delta_apply(T, kc, vc, G, bc, segment)
+        states, v_new = passes.chunk_states(kc, u, w, G, state, segment)
+        o = segment.join(passes.chunk_output(qc, kc, v_new, G, A_qk, states, scale, segment), o, heads, v.dtype)
+        for i, (x, dtype) in enumerate(zip((A_qk, A_kk, T), dtypes, strict=True)):
+            if dtype is not None:
+                saved[i] = segment.join(x, saved[i], heads, dtype)
+    return o, chunks.unsort_states(state), *(q.new_empty(0) if x is None else x for x in saved)
 
 
 @chunkwise_forward.register_fake
 def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, save, backend):
-    dtype = compute_dtype(q.dtype)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return v.new_empty(v.shape), q.new_empty(_state_shape(rows, q, v), dtype=dtype), *_empty_saved(v, beta, dtype, save)
+    dtypes = _passes(backend).saved_dtypes(q, log_decay, beta) if save else [None] * 3
+    shape = (*v.shape[:3], CHUNK_LENGTH)
+    saved = (q.new_empty(0) if dtype is None else q.new_empty(shape, dtype=dtype) for dtype in dtypes)
+    return v.new_empty(v.shape), q.new_empty(_state_shape(rows, q, v), dtype=_state_dtype(q)), *saved
 
 
 @torch.library.custom_op("lm_zoo::linear_attention_backward", mutates_args=())
@@ -118,51 +107,47 @@ def chunkwise_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dlog_decay, dbeta and dinitial_state (empty for an input that is `None`)."""
-    passes = BACKENDS[backend]
-    dtype = compute_dtype(q.dtype)
-    chunks = _cut(q, v, cu_seqlens)
-    state = q.new_zeros(_state_shape(chunks.sequences, q, v), dtype=dtype)
-    dstate = torch.zeros_like(state) if dfinal_state is None else chunks.sort_states(dfinal_state.to(dtype))
-    if initial_state is not None:
-        state = chunks.sort_states(initial_state.to(dtype))
-    inputs = (q, k, v, log_decay, beta, initial_state)
-    gradients = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+    passes = _passes(backend)
+    heads, delta = v.shape[2], beta is not None
+    chunks = passes.cut(q, v, cu_seqlens)
+    state = _initial_states(initial_state, chunks, q, v)
+    dstate = _initial_states(dfinal_state, chunks, q, v)
+    saved = [None if x.numel() == 0 else x for x in (A_qk, A_kk, T)]
+    inputs = (q, k, v, log_decay, beta)
+    gradients = [None] * len(inputs)
 
-    all_states = []
+    recomputed = []
     for segment in chunks.segments:
-        _, kc, vc, gc, bc = _split_inputs(segment, dtype, None, k, v, log_decay, beta)
-        G = None if gc is None else passes.cumulative_decay(gc)
-        u, w = (vc, None) if beta is None else passes.delta_apply(segment.split(T, dtype), kc, vc, G, bc)
-        all_states.append(passes.chunk_states(kc, u, w, G, state, segment.steps)[0])
+        kc, vc, gc, bc, Tc = _split(segment, heads, k, v, log_decay, beta, saved[2])
+        G = None if gc is None else passes.cumulative_decay(gc, segment)
+        u, w = passes.delta_apply(Tc, kc, vc, G, bc, segment) if delta else (vc, None)
+        recomputed.append((G, u, w, *passes.chunk_states(kc, u, w, G, state, segment)))
 
     for segment in reversed(chunks.segments):
-        parts = _split_inputs(segment, dtype, q, k, v, log_decay, beta)
-        scores = [None if x.numel() == 0 else segment.split(x, dtype) for x in (A_qk, A_kk, T)]
-        found = _segment_backward(
-            passes, segment.split(do, dtype), dstate, all_states.pop(), *parts, *scores, scale, segment.steps
-        )
-        for gradient, out, x in zip(found, gradients[:5], inputs[:5], strict=True):
+        parts = _split(segment, heads, do, *inputs, *saved)
+        found = _segment_backward(passes, segment, dstate, *recomputed.pop(), *parts, scale)
+        for i, (gradient, x) in enumerate(zip(found, inputs, strict=True)):
             if gradient is not None:
-                segment.join(_sum_groups(gradient, x.shape[2]), out)
-    if initial_state is not None:
-        gradients[5].copy_(chunks.unsort_states(dstate))
-    return tuple(gradients)
+                gradients[i] = segment.join(gradient, gradients[i], x.shape[2], x.dtype)
+    gradients.append(None if initial_state is None else chunks.unsort_states(dstate).to(initial_state.dtype))
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _segment_backward(passes, do, dstate, states, q, k, v, log_decay, beta, A_qk, A_kk, T, scale, steps):
+def _segment_backward(
+    passes, segment, dstate, G, u, w, states, v_new, do, q, k, v, log_decay, beta, A_qk, A_kk, T, scale
+):
     """The passes backwards over one segment: dq, dk, dv, dlog_decay and dbeta; dstate is carried back in place."""
-    G = None if log_decay is None else passes.cumulative_decay(log_decay)
-    u, w, v_new = v, None, v
-    if beta is not None:
-        u, w = passes.delta_apply(T, k, v, G, beta)
-        v_new = passes.delta_values(u, w, states)
-    dA_qk, dv, dstates, dq, dG = passes.chunk_output_backward(do, q, v_new, G, A_qk, states, scale)
-    dk, dw, dg = passes.chunk_states_backward(dv, dstates, dstate, k, v_new, w, G, states, steps)
+    delta = beta is not None
+    dv = passes.chunk_output_backward(do, q, k, G, A_qk, scale, segment)
+    dstates = passes.chunk_states_backward(do, dv, dstate, q, k, w, G, scale, segment)
+    dq, dk, dw, dG, dg, dA_qk = passes.chunk_gradients(
+        do, dv, q, k, v_new, G, states, dstates, scale, segment, delta=delta
+    )
     dA_kk = dbeta = None
-    if beta is not None:
-        dA_kk, dv, dbeta = passes.delta_transform_backward(dv, dw, T, u, w, k, v, G, beta, A_kk, dk, dG)
-    passes.chunk_scores_backward(dA_qk, dA_kk, q, k, G, A_qk, A_kk, scale, dq, dk, dG)
-    dg = None if G is None else passes.cumulative_decay_backward(dG, dg, log_decay)
+    if delta:
+        dA_kk, dv, dbeta = passes.delta_transform_backward(dv, dw, T, u, w, k, v, G, beta, A_kk, dk, dG, segment)
+    passes.chunk_scores_backward(dA_qk, dA_kk, q, k, G, A_qk, A_kk, scale, dq, dk, dG, segment)
+    dg = None if G is None else passes.cumulative_decay_backward(dG, dg, log_decay, segment)
     return dq, dk, dv, dg, dbeta
 
 

@@ -1,9 +1,11 @@
 """The passes of the chunkwise form in PyTorch, on any device; quick on a CPU.
 
-One pass per step of the form, forward and backward; `chunkwise.py` composes them. Tensors are cut into M chunks of C
-tokens (`chunks.py`): q, k `[M, H, C, K]`, v `[M, H, C, V]`, states `[M, H, K, V]`, scores `[M, H, C, C]`. G is the
-cumulative log decay inside the chunk: `None`, `[M, H, C]` (per token) or `[M, H, C, K]` (per key channel). Every
-exponent formed here is <= 0, but for the bounded ones of `channel_scores.py`.
+One pass per step of the form, forward and backward; `chunkwise.py` composes them, and `triton_passes/` has their twins:
+same names, same signatures, same results. Tensors are cut into M chunks of C tokens (`chunks.py`): q, k
+`[M, H, C, K]`, v `[M, H, C, V]`, states `[M, H, K, V]`, scores `[M, H, C, C]`. G is the cumulative log decay inside the
+chunk: `None`, `[M, H, C]` (per token) or `[M, H, C, K]` (per key channel). `segment` says where the chunks lie; here
+only those that carry states need it. Every exponent formed here is <= 0, but for the bounded ones of
+`channel_scores.py`.
 
     1 cumulative_decay     G
     2 chunk_scores         A_qk[i,j] = scale sum_d q_id k_jd e^{G_id - G_jd}  i >= j,   A_kk[i,j] likewise of k, i > j
@@ -13,6 +15,8 @@ exponent formed here is <= 0, but for the bounded ones of `channel_scores.py`.
 
 Names: `dx` is the gradient of x. Backward passes that take dq, dk or dG add to them in place.
 """
+
+import sys
 
 import torch
 from torch import Tensor
@@ -24,21 +28,40 @@ from lm_zoo.kernels.linear_attention.channel_scores import (
     diagonal_blocks,
     exp_of,
 )
+from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH, SEGMENT_ELEMENTS, Chunks, Segment
 
 # e^-104 is 0 in float32 and e^-746 in float64: below the floor a decay forgets everything, as -inf does.
 DECAY_FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gates, states and products; cumulative sums are in float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Chunks:
+    """How these passes want the tokens of a call."""
+    per_chunk = v.shape[2] * CHUNK_LENGTH * max(q.shape[3], v.shape[3])
+    chunks_per_segment = max(1, SEGMENT_ELEMENTS // per_chunk) if q.device.type == "cpu" else sys.maxsize
+    return Chunks(*q.shape[:2], cu_seqlens, compute_dtype(q.dtype), chunks_per_segment)
+
+
+def saved_dtypes(q: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> list[torch.dtype | None]:
+    """Of A_qk, A_kk and T as the backward pass wants them; `None` for what it does without."""
+    dtype, delta = compute_dtype(q.dtype), beta is not None
+    return [dtype, dtype if delta else None, dtype if delta else None]
+
+
 # ---- 1 cumulative_decay -------------------------------------------------------------------------------------------
 
 
-def cumulative_decay(log_decay: Tensor) -> Tensor:
+def cumulative_decay(log_decay: Tensor, segment: Segment) -> Tensor:
     """In float64: a chunk may sum to thousands of nats, and it is small differences of G that matter."""
     return log_decay.clamp(min=DECAY_FLOOR[log_decay.dtype]).cumsum(2, dtype=torch.float64)
 
 
-def cumulative_decay_backward(dG: Tensor, dlog_decay: Tensor, log_decay: Tensor) -> Tensor:
-    """dlog_decay is what reaches the decays past G (`chunk_states_backward`)."""
+def cumulative_decay_backward(dG: Tensor, dlog_decay: Tensor, log_decay: Tensor, segment: Segment) -> Tensor:
+    """dlog_decay is what reaches the decays past G (`chunk_gradients`)."""
     dlog_decay = dG.flip(2).cumsum(2).flip(2).add_(dlog_decay)
     return dlog_decay.masked_fill_(log_decay < DECAY_FLOOR[log_decay.dtype], 0.0)
 
@@ -46,7 +69,9 @@ def cumulative_decay_backward(dG: Tensor, dlog_decay: Tensor, log_decay: Tensor)
 # ---- 2 chunk_scores -----------------------------------------------------------------------------------------------
 
 
-def chunk_scores(q: Tensor, k: Tensor, G: Tensor | None, scale: float, *, delta: bool) -> tuple[Tensor, Tensor | None]:
+def chunk_scores(
+    q: Tensor, k: Tensor, G: Tensor | None, scale: float, segment: Segment, *, delta: bool
+) -> tuple[Tensor, Tensor | None]:
     """A_qk, and A_kk if `delta`."""
     if G is not None and G.dim() == 4:
         scores = channel_scores([q, k] if delta else [q], k, G)
@@ -70,6 +95,7 @@ def chunk_scores_backward(
     dq: Tensor,
     dk: Tensor,
     dG: Tensor | None,
+    segment: Segment,
 ) -> None:
     """Adds to dq, dk and dG. dA_qk is lower and dA_kk strictly lower triangular; both are overwritten."""
     delta = dA_kk is not None
@@ -133,7 +159,7 @@ class PairwiseDecay:
 # ---- 3 delta_transform --------------------------------------------------------------------------------------------
 
 
-def delta_transform(A_kk: Tensor, beta: Tensor) -> Tensor:
+def delta_transform(A_kk: Tensor, beta: Tensor, segment: Segment) -> Tensor:
     """T = (I + diag(beta) A_kk)^-1, block by block: the inverse of a lower triangle [[P, 0], [R, Q]] has -Q^-1 R P^-1
     below its diagonal, so inverses of doubled size follow from two products, with the accuracy of substitution."""
     below = beta.unsqueeze(-1) * A_kk
@@ -151,17 +177,12 @@ def delta_transform(A_kk: Tensor, beta: Tensor) -> Tensor:
     return inverse.squeeze(2)
 
 
-def delta_apply(T: Tensor, k: Tensor, v: Tensor, G: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
+def delta_apply(
+    T: Tensor, k: Tensor, v: Tensor, G: Tensor | None, beta: Tensor, segment: Segment
+) -> tuple[Tensor, Tensor]:
     """u = T diag(beta) V, w = T diag(beta) (K e^G)."""
     weighted = T * beta.unsqueeze(-2)
     return weighted @ v, weighted @ decay_from_start(k, G)
-
-
-def delta_values(u: Tensor, w: Tensor, states: Tensor) -> Tensor:
-    """v' = u - w S, where the states are known already."""
-    v_new = u.clone()
-    _add_product(v_new, w, states, alpha=-1)
-    return v_new
 
 
 def delta_transform_backward(
@@ -177,6 +198,7 @@ def delta_transform_backward(
     A_kk: Tensor,
     dk: Tensor,
     dG: Tensor | None,
+    segment: Segment,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dA_kk, dv, dbeta; adds to dk and dG. With Y = [u, w] the solution of (I + diag(beta) A_kk) Y = diag(beta) X."""
     dright_v, dright_k = T.mT @ du, T.mT @ dw
@@ -196,21 +218,21 @@ def delta_transform_backward(
 
 
 def chunk_states(
-    k: Tensor, u: Tensor, w: Tensor | None, G: Tensor | None, state: Tensor, steps: list[int]
+    k: Tensor, u: Tensor, w: Tensor | None, G: Tensor | None, state: Tensor, segment: Segment
 ) -> tuple[Tensor, Tensor]:
     """The state entering each chunk `[M, H, K, V]`, and v'. The only sequential pass.
 
-    state `[N, H, K, V]` is carried on in place; in each of the `steps`, the first so many of the N sequences run.
+    state `[N, H, K, V]` is carried on in place; in each step of the segment the first so many of the N sequences run.
     """
     k_end, end = decay_to_end(k, G).mT, end_decay(G, k.dtype)
     states = k.new_empty(*k.shape[:2], k.shape[3], u.shape[3])
     if w is None:  # what is written does not depend on the state: one product for all chunks
-        for S, S_in, end_i, write in _per_step(steps, state, states, end, k_end @ u):
+        for S, S_in, end_i, write in _per_step(segment.steps, state, states, end, k_end @ u):
             S_in.copy_(S)
             _carry(S, end_i, write)
         return states, u
     v_new = u.clone()
-    for S, S_in, end_i, k_i, w_i, v_i in _per_step(steps, state, states, end, k_end, w, v_new):
+    for S, S_in, end_i, k_i, w_i, v_i in _per_step(segment.steps, state, states, end, k_end, w, v_new):
         S_in.copy_(S)
         _add_product(v_i, w_i, S, alpha=-1)
         if end_i is not None:
@@ -220,65 +242,97 @@ def chunk_states(
 
 
 def chunk_states_backward(
+    do: Tensor,
     dv_new: Tensor,
-    dstates: Tensor,
     dstate: Tensor,
+    q: Tensor,
     k: Tensor,
-    v_new: Tensor,
     w: Tensor | None,
     G: Tensor | None,
-    states: Tensor,
-    steps: list[int],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dk, dw and dlog_decay; dv_new becomes du, and dstate, the gradient of the final states, that of the initial ones.
+    scale: float,
+    segment: Segment,
+) -> Tensor:
+    """The gradient of the state leaving each chunk; dv_new, from the chunk's outputs alone so far, becomes du.
 
-    dstates comes in as the gradient of the state entering each chunk from that chunk's outputs, and is turned into the
-    gradient of the state leaving it. What k_i leaves at the chunk's end passes the decays after i, so dlog_decay is a
-    sum over i < t; by way of dG, terms of size 1 would have to cancel to leave one of size e^-50.
+    dstate, the gradient of the final states, becomes that of the initial ones.
     """
     k_end, end = decay_to_end(k, G), end_decay(G, k.dtype)
+    dstates = (decay_from_start(q, G).mT @ do).mul_(scale)  # of the states entering, from the outputs
     if w is None:
-        for dS, dS_in, end_i in reversed(_per_step(steps, dstate, dstates, end)):
+        for dS, dS_in, end_i in reversed(_per_step(segment.steps, dstate, dstates, end)):
             leaving = dS.clone()
             _carry(dS, end_i, dS_in)
             dS_in.copy_(leaving)
         _add_product(dv_new, k_end, dstates)
-    else:
-        for dS, dS_in, end_i, k_i, w_i, dv_i in reversed(_per_step(steps, dstate, dstates, end, k_end, w.mT, dv_new)):
-            _add_product(dv_i, k_i, dS)
-            leaving = dS.clone()
-            _carry(dS, end_i, dS_in)
-            _add_product(dS, w_i, dv_i, alpha=-1)
-            dS_in.copy_(leaving)
-    dk = decay_to_end(v_new @ dstates.mT, G)
-    dw = None if w is None else (dv_new @ states.mT).neg_()
-    if G is None:
-        return dk, dw, None
-    through = torch.linalg.vecdot(states, dstates) * end.squeeze(-1)  # the state that passes the whole chunk
-    through = through if G.dim() == 4 else through.sum(-1)
-    dlog_decay = through.unsqueeze(2).expand_as(G).contiguous()
-    dlog_decay[:, :, 1:] += _decay_gradient(k, dk, G)[:, :, :-1].cumsum(2)
-    return dk, dw, dlog_decay
+        return dstates
+    chunked = (dstates, end, k_end, w.mT, dv_new)
+    for dS, dS_in, end_i, k_i, w_i, dv_i in reversed(_per_step(segment.steps, dstate, *chunked)):
+        _add_product(dv_i, k_i, dS)
+        leaving = dS.clone()
+        _carry(dS, end_i, dS_in)
+        _add_product(dS, w_i, dv_i, alpha=-1)
+        dS_in.copy_(leaving)
+    return dstates
 
 
 # ---- 5 chunk_output -----------------------------------------------------------------------------------------------
 
 
-def chunk_output(q: Tensor, v_new: Tensor, G: Tensor | None, A_qk: Tensor, states: Tensor, scale: float) -> Tensor:
+def chunk_output(
+    q: Tensor,
+    k: Tensor,
+    v_new: Tensor,
+    G: Tensor | None,
+    A_qk: Tensor,
+    states: Tensor,
+    scale: float,
+    segment: Segment,
+) -> Tensor:
     o = A_qk @ v_new
     _add_product(o, decay_from_start(q, G), states, alpha=scale)
     return o
 
 
 def chunk_output_backward(
-    do: Tensor, q: Tensor, v_new: Tensor, G: Tensor | None, A_qk: Tensor, states: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """dA_qk (lower triangular), dv', the gradient of the state entering each chunk, and the beginnings of dq and dG."""
+    do: Tensor, q: Tensor, k: Tensor, G: Tensor | None, A_qk: Tensor, scale: float, segment: Segment
+) -> Tensor:
+    """dv', as far as the outputs of its own chunk go."""
+    return A_qk.mT @ do
+
+
+# ---- 4 and 5: back to q, k, w and the decays ----------------------------------------------------------------------
+
+
+def chunk_gradients(
+    do: Tensor,
+    du: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v_new: Tensor,
+    G: Tensor | None,
+    states: Tensor,
+    dstates: Tensor,
+    scale: float,
+    segment: Segment,
+    *,
+    delta: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """dq and dk as far as the states go, dw if `delta`, dG, dlog_decay and dA_qk (lower triangular).
+
+    What k_i leaves at the chunk's end passes the decays after i, so dlog_decay is a sum over i < t; by way of dG, terms
+    of size 1 would have to cancel to leave one of size e^-50.
+    """
     dA_qk = (do @ v_new.mT).tril_()
     dq = decay_from_start(do @ states.mT, G).mul_(scale)
-    dstates = (decay_from_start(q, G).mT @ do).mul_(scale)
-    dG = None if G is None else _decay_gradient(q, dq, G)
-    return dA_qk, A_qk.mT @ do, dstates, dq, dG
+    dk = decay_to_end(v_new @ dstates.mT, G)
+    dw = (du @ states.mT).neg_() if delta else None
+    if G is None:
+        return dq, dk, dw, None, None, dA_qk
+    through = torch.linalg.vecdot(states, dstates) * end_decay(G, k.dtype).squeeze(-1)  # what passes the whole chunk
+    through = through if G.dim() == 4 else through.sum(-1)
+    dlog_decay = through.unsqueeze(2).expand_as(G).contiguous()
+    dlog_decay[:, :, 1:] += _decay_gradient(k, dk, G)[:, :, :-1].cumsum(2)
+    return dq, dk, dw, _decay_gradient(q, dq, G), dlog_decay, dA_qk
 
 
 # ---- shared -------------------------------------------------------------------------------------------------------

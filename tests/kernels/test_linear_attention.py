@@ -5,7 +5,7 @@ import torch
 from compare import assert_close, relative_error
 
 from lm_zoo.kernels import linear_attention, linear_attention_step
-from lm_zoo.kernels.linear_attention import chunkwise
+from lm_zoo.kernels.linear_attention import torch_passes
 
 DECAYS = ["none", "constant", "scalar", "channel"]
 
@@ -64,7 +64,7 @@ def test_matches_recurrence(T, decay, delta):
 @pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_long_sequence_of_several_segments(decay, delta, monkeypatch):
-    monkeypatch.setattr(chunkwise, "SEGMENT_ELEMENTS", 4 * 2 * 64 * 24)
+    monkeypatch.setattr(torch_passes, "SEGMENT_ELEMENTS", 4 * 2 * 64 * 24)
     check(make_inputs(decay, delta, T=1000, B=1, H=1, HV=2, lowest=-0.5), 1e-5)
 
 
@@ -86,7 +86,7 @@ def test_one_strong_channel_among_weak_ones(delta):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("bounds", [[0, 200], [0, 1, 1, 70, 134, 200], [0, 0, 64, 128, 200, 200]])
 def test_packed_sequences(bounds, decay, delta, monkeypatch):
-    monkeypatch.setattr(chunkwise, "SEGMENT_ELEMENTS", 3 * 2 * 64 * 24)
+    monkeypatch.setattr(torch_passes, "SEGMENT_ELEMENTS", 3 * 2 * 64 * 24)
     inputs = make_inputs(decay, delta, T=200, B=1, H=1, HV=2, resets=0.1, states=len(bounds) - 1)
     check(inputs, 1e-5, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
