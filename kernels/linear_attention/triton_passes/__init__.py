@@ -1,0 +1,11 @@
+"""The passes of the chunkwise form in Triton: the twins of those in `torch_passes.py`, where they are explained.
+
+Same names, same signatures, same results; only the layout differs. Tensors stay as the caller has them, `[B, T, H, D]`,
+and kernels read the tokens of a chunk in place (`segment.py`); scores are `[B, T, HV, C]`, states `[M, HV, K, V]`. q, k
+and v keep their dtype, products of tiles accumulate in float32, and gates, sums and states are float32.
+"""
+
+from lm_zoo.kernels.linear_attention.triton_passes.decay import cumulative_decay, cumulative_decay_backward
+from lm_zoo.kernels.linear_attention.triton_passes.segment import cut
+
+__all__ = ["cumulative_decay", "cumulative_decay_backward", "cut"]
