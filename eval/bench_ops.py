@@ -23,6 +23,7 @@ from torch.utils.benchmark import Timer
 from lm_zoo.kernels import linear_attention
 
 B, T, H, K, CHUNK = 1, 2048, 8, 64, 64
+SSD_STATE = 128
 LENGTHS = (4096, 8192, 16384)
 
 
@@ -81,6 +82,52 @@ def transformers_gated_delta(backward: bool, substitution: bool = False) -> Call
     return run
 
 
+def transformers_kimi_delta(backward: bool) -> Callable[[], object]:
+    from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+
+    leaves = list(make_inputs("channel", True, requires_grad=backward).values())
+    do = torch.ones(B, T, H, K)
+
+    def run() -> object:
+        o = chunk_kimi_delta_attention(*leaves)[0]
+        return torch.autograd.grad(o, leaves, do) if backward else o
+
+    return run
+
+
+def ssd_inputs(requires_grad: bool) -> list[Tensor]:
+    """x, dt, A, B and C of Mamba-2, one group of B and C for all heads."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, T, H, K, generator=generator)
+    dt = 0.1 * torch.rand(B, T, H, generator=generator)
+    b, c = (torch.randn(B, T, 1, SSD_STATE, generator=generator) for _ in range(2))
+    return [t.requires_grad_(requires_grad) for t in (x, dt, -torch.arange(1.0, H + 1), b, c)]
+
+
+def ssd(backward: bool) -> Callable[[], object]:
+    inputs = x, dt, A, b, c = ssd_inputs(backward)
+
+    def run() -> object:
+        y = linear_attention(c, b, dt[..., None] * x, dt * A, scale=1.0)[0]
+        return torch.autograd.grad(y, inputs, torch.ones_like(y)) if backward else y
+
+    return run
+
+
+def transformers_ssd(backward: bool) -> Callable[[], object]:
+    from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    inputs = ssd_inputs(backward)
+    chunk = Mamba2Config().chunk_size
+
+    def run() -> object:
+        y = mamba2_chunk_scan(*inputs, chunk_size=chunk)
+        return torch.autograd.grad(y, inputs, torch.ones_like(y)) if backward else y
+
+    return run
+
+
 def sdpa(backward: bool) -> Callable[[], object]:
     inputs = make_inputs("none", False, requires_grad=backward)
     q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
@@ -135,6 +182,9 @@ def measure(turns: int) -> list[Row]:
              transformers_gated_delta(backward, substitution=True)),
             ("delta rule, decay per channel", backward, ours("channel", True, backward), "gated delta rule",
              ours("scalar", True, backward)),
+            ("delta rule, decay per channel", backward, ours("channel", True, backward), "transformers' Kimi form",
+             transformers_kimi_delta(backward)),
+            ("SSD, state 128", backward, ssd(backward), "transformers' mamba2_chunk_scan", transformers_ssd(backward)),
         ]  # fmt: skip
     return measure_plans(plans, turns)
 
