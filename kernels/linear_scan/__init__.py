@@ -2,20 +2,21 @@
 
     h_t = a_t * h_{t-1} + x_t
 
-`reference.py` is this recurrence and nothing more. `two_level.py` computes it over chunks side by side, forward and
-backward. `linear_scan_step` is one token, for decoding.
+`reference.py` is this recurrence and nothing more. `two_level.py` computes it in PyTorch and `triton_scan.py` in
+Triton, both over chunks side by side, forward and backward; `op.py` is the op that runs either. `linear_scan_step` is
+one token, for decoding.
 """
 
 import torch
 from torch import Tensor
 
-from lm_zoo.kernels.checks import FLOATS, check_cu_seqlens, check_option, check_same, check_shape, check_tensor
+from lm_zoo.kernels.backends import choose
+from lm_zoo.kernels.checks import FLOATS, check_cu_seqlens, check_same, check_shape, check_tensor
+from lm_zoo.kernels.linear_scan import op
 from lm_zoo.kernels.linear_scan.reference import linear_scan_reference
-from lm_zoo.kernels.linear_scan.two_level import linear_scan_forward
 
 __all__ = ["linear_scan", "linear_scan_step"]
 
-BACKENDS = ("auto", "torch", "reference")
 COMPLEX = (torch.complex64, torch.complex128)
 
 
@@ -47,7 +48,8 @@ def linear_scan(
         reverse: run from the last token to the first.
         cu_seqlens: `[N + 1]` int32 or int64, borders of N sequences packed along time, from 0 to T; needs B = 1. An
             empty sequence keeps its state.
-        backend: "auto", "torch" (two levels, any device) or "reference" (token by token, slow).
+        backend: "auto" (Triton for tensors on a GPU, PyTorch elsewhere), "triton", "torch" (any device) or "reference"
+            (token by token, slow).
 
     Returns:
         h `[B, T, D]` in the dtype of x, and the final state `[B or N, D]` or `None`. Computed, and the state returned,
@@ -55,8 +57,9 @@ def linear_scan(
 
     Raises:
         TypeError: an argument that is not a floating or complex tensor. ValueError: a shape, device, dtype or option
-        that does not fit, a `cu_seqlens` that does not run from 0 to T or, where the tensors are on a CPU, a decay
-        above 1 in magnitude or a state that is not finite; the message names the argument.
+        that does not fit or, where the tensors are on a CPU (elsewhere looking at them would stall the device), a
+        `cu_seqlens` that does not run from 0 to T, a decay above 1 in magnitude or a state that is not finite; the
+        message names the argument.
     """
     _check_arguments(x, decay, "[B, T, D]")
     if x.shape[1] == 0:
@@ -66,9 +69,9 @@ def linear_scan(
     if initial_state is not None:
         rows, layout = (x.shape[0], "[B, D]") if cu_seqlens is None else (cu_seqlens.numel() - 1, "[N, D]")
         _check_state("initial_state", initial_state, x, layout, (rows, x.shape[2]))
-    check_option("backend", backend, BACKENDS)
-    scan = linear_scan_reference if backend == "reference" else linear_scan_forward
-    h, final_state = scan(x, decay, initial_state, cu_seqlens, reverse)
+    backend = choose(backend, _real(x))
+    inputs = (x, decay, initial_state, cu_seqlens, reverse)
+    h, final_state = linear_scan_reference(*inputs) if backend == "reference" else op.linear_scan(*inputs, backend)
     return h.to(x.dtype), final_state if output_final_state else None
 
 
@@ -92,8 +95,19 @@ def linear_scan_step(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
     _check_arguments(x, decay, "[B, D]")
     check_tensor("state", state, COMPLEX if x.is_complex() else (torch.float32, torch.float64))
     _check_state("state", state, x, "[B, D]", tuple(x.shape))
-    state.mul_(decay).add_(x)
-    return state.to(x.dtype, copy=True)
+    backend = choose("auto", _real(x), ("auto", "triton", "torch"), unsupported=_why_no_step(state))
+    return op.scans(backend).linear_scan_step(x, decay, state)
+
+
+def _real(x: Tensor) -> Tensor:
+    """A tensor of the device and precision of x."""
+    return x.real if x.is_complex() else x
+
+
+def _why_no_step(state: Tensor) -> str | None:
+    if _real(state).dtype == torch.float64:
+        return "linear_scan_step writes states of single precision"
+    return "linear_scan_step writes no state that is lazily conjugated" if state.is_conj() else None
 
 
 def _check_arguments(x: Tensor, decay: Tensor, layout: str) -> None:

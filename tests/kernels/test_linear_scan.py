@@ -244,7 +244,7 @@ def test_compiles_without_a_graph_break(reverse, packed):
 def test_custom_op_is_registered_faithfully(decays, dtype):
     inputs = make_inputs(decays, T=30)
     arguments = [inputs[name].to(dtype).requires_grad_() for name in NAMES]
-    torch.library.opcheck(torch.ops.lm_zoo.linear_scan, (*arguments, None, True))
+    torch.library.opcheck(torch.ops.lm_zoo.linear_scan, (*arguments, None, True, "torch"))
 
 
 def test_recurrence_of_rg_lru():
