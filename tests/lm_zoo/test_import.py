@@ -19,3 +19,22 @@ def test_import_takes_nothing_heavy_along():
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+WITHOUT_TRANSFORMERS = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find(name, *rest)
+from lm_zoo.kernels import linear_attention
+assert "transformers" not in sys.modules
+try:
+    from lm_zoo import ZooConfig
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_the_ops_need_no_transformers():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TRANSFORMERS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "lm_zoo.ZooConfig needs transformers: pip install transformers"
