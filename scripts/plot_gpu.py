@@ -36,7 +36,7 @@ def main() -> None:
         shapes = ["x".join(map(str, row["shape"])) for row in mine]
         ratios.plot(shapes, [row["rival_milliseconds"] / row["milliseconds"] for row in mine], "o", label=op)
     ratios.axhline(1, color="black", linewidth=1)
-    ratios.set(ylabel=f"times as fast as flash-linear-attention, {TRAINING}", xlabel="B x T x H x D")
+    ratios.set(ylabel=f"times as fast as fla, {TRAINING}", xlabel="B x T x H x D")
     ratios.tick_params("x", rotation=30)
     if rows:
         ratios.legend()
