@@ -134,6 +134,8 @@ class Twins:
             x = None if key in absent else self.values[key]
             arguments[key] = None if x is None else x.to(self.dtype_of(key), copy=True).contiguous()
         arguments |= replaced
+        signatures = (inspect.signature(getattr(passes, name)).parameters for passes in (torch_passes, triton_passes))
+        assert len({tuple(names) for names in signatures}) == 1, f"{name} takes other arguments in Triton"
         return self._call(triton_passes, name, arguments, self.segment, lambda key, x: x)
 
     def advance(self, name: str) -> dict[str, Tensor]:
@@ -161,14 +163,16 @@ class Twins:
         for key, x in actual.items():
             if x is None:
                 continue
-            select = self.order if key in ("states", "dstates") else slice(None)
-            assert_close(x[select], expected[key][select], tolerance, f"{name}: {key}")
+            if key in ("states", "dstates"):  # with packed sequences, some chunks do not exist
+                x, expected[key] = x[self.order], expected[key][self.order]
+            if key == "A_kk":  # without decay, what the value heads of a group share
+                x = x.repeat_interleave(self.heads // x.shape[2], dim=2)
+            assert_close(x, expected[key], tolerance, f"{name}: {key}")
 
     # ---- layouts ----
 
     def _arguments(self, name: str) -> list[str]:
         names = inspect.signature(getattr(torch_passes, name)).parameters
-        assert list(names) == list(inspect.signature(getattr(triton_passes, name)).parameters)
         return [key for key in names if key not in ("segment", *self.options)]
 
     def _call(self, passes, name, arguments, segment, convert) -> dict[str, Tensor]:

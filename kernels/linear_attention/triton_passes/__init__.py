@@ -6,6 +6,17 @@ and v keep their dtype, products of tiles accumulate in float32, and gates, sums
 """
 
 from lm_zoo.kernels.linear_attention.triton_passes.decay import cumulative_decay, cumulative_decay_backward
+from lm_zoo.kernels.linear_attention.triton_passes.output import chunk_output
+from lm_zoo.kernels.linear_attention.triton_passes.scores import chunk_scores, saved_dtypes
 from lm_zoo.kernels.linear_attention.triton_passes.segment import cut
+from lm_zoo.kernels.linear_attention.triton_passes.states import chunk_states
 
-__all__ = ["cumulative_decay", "cumulative_decay_backward", "cut"]
+__all__ = [
+    "chunk_output",
+    "chunk_scores",
+    "chunk_states",
+    "cumulative_decay",
+    "cumulative_decay_backward",
+    "cut",
+    "saved_dtypes",
+]

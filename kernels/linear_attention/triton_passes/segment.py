@@ -29,6 +29,7 @@ class Segment:
     length: int  # T
     sequences: int  # N, or B
     chunks: int  # M
+    dtype: torch.dtype  # of q, k and v, and of what is computed of them to be an operand of a product
     bounds: Tensor | None = None  # packed: [M, 2] int64, the tokens from start to end of each chunk
     first_chunk: Tensor | None = None  # packed: [N + 1] int64, the first chunk of each sequence
 
@@ -58,10 +59,10 @@ def cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Segment:
     """How these passes want the tokens of a call."""
     batch, length = q.shape[:2]
     if cu_seqlens is None:
-        return Segment(batch, length, batch, batch * triton.cdiv(length, CHUNK_LENGTH))
+        return Segment(batch, length, batch, batch * triton.cdiv(length, CHUNK_LENGTH), q.dtype)
     sequences = cu_seqlens.numel() - 1
     bounds, first_chunk = _packed_chunks(cu_seqlens, length)
-    return Segment(batch, length, sequences, len(bounds), bounds, first_chunk)
+    return Segment(batch, length, sequences, len(bounds), q.dtype, bounds, first_chunk)
 
 
 # The layers of a model share one cu_seqlens, so few tables serve a step. An entry keeps its cu_seqlens alive, so that
