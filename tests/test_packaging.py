@@ -87,3 +87,10 @@ def test_installed_wheel_has_the_command(installed):
     text = run(sys.executable, str(installed / "bin" / "lm-zoo"), "--help", cwd=installed, PYTHONPATH=str(installed))
     for command in ("train", "eval", "generate", "list"):
         assert command in text
+
+
+def test_transformers_works_in_the_root_of_a_checkout():
+    """There it finds the folder `kernels`, and Hugging Face has a package of that name."""
+    code = "import transformers.modeling_utils, transformers.utils as u; print(u.is_kernels_available())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["False"], result.stderr
