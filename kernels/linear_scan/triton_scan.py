@@ -28,9 +28,11 @@ from lm_zoo.kernels.linear_scan.triton_tiles import (
 )
 
 CHUNK = 128  # tokens
-TILE = 16  # tokens of a chunk, or chunks of a sequence, that are scanned at a time
-BLOCK = 128  # channels of a program, each warp of which reads whole cache lines
-WARPS = 2  # of one, a complex tile would not fit its registers
+TILE = 8  # tokens of a chunk, or chunks of a sequence, that are scanned at a time
+# Channels of a program. One warp has all of them, so that the tokens of a tile lie in the registers of a lane and the
+# scan over float32 needs no exchange; 8 x 128 real numbers take 64 to 103 registers, 8 x 64 complex ones up to 254.
+BLOCK = 128
+COMPLEX_BLOCK = 32
 
 
 def linear_scan_forward(
@@ -40,12 +42,11 @@ def linear_scan_forward(
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
     final_state = _states_like(x, chunks, initial_state)
     x, decay, initial_state = map(_parts, (x, decay, initial_state))
-    flags = {"REVERSE": reverse, "COMPLEX": h.is_complex()}
-    carried = _carry(x, decay, initial_state, chunks, BACKWARD=False, **flags)
-    scan_kernel[_grid(x, chunks.count)](
-        x, decay, carried, initial_state, _parts(h), _parts(final_state), *_places(x, chunks),
-        **flags, CHUNK=CHUNK, TILE=TILE, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    options = {"REVERSE": reverse, **_tile(h)}
+    carried = _carry(x, decay, initial_state, chunks, BACKWARD=False, **options)
+    scan_kernel[_grid(h, chunks.count)](
+        x, decay, carried, initial_state, _parts(h), _parts(final_state), *_places(x, chunks), CHUNK=CHUNK, **options
+    )
     return h, final_state
 
 
@@ -62,14 +63,13 @@ def linear_scan_backward(
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     ddecay = torch.empty_like(decay, memory_format=torch.contiguous_format)
     dinitial_state = None if initial_state is None else _states_like(h, chunks, dfinal_state)
-    flags = {"REVERSE": not reverse, "COMPLEX": h.is_complex()}
-    dh, decay, h = map(_parts, (dh, decay, h))
     g_final = None if dfinal_state is None else _parts(dfinal_state.conj())
-    carried = _carry(dh, decay, g_final, chunks, BACKWARD=True, **flags)
-    scan_backward_kernel[_grid(dh, chunks.count)](
-        dh, decay, h, carried, g_final, _parts(initial_state),
-        _parts(dx), _parts(ddecay), _parts(dinitial_state), *_places(dh, chunks),
-        **flags, CHUNK=CHUNK, TILE=TILE, BLOCK=BLOCK, num_warps=WARPS,
+    dh, decay, h = map(_parts, (dh, decay, h))
+    options = {"REVERSE": not reverse, **_tile(dx)}
+    carried = _carry(dh, decay, g_final, chunks, BACKWARD=True, **options)
+    scan_backward_kernel[_grid(dx, chunks.count)](
+        dh, decay, h, carried, g_final, _parts(initial_state), _parts(dx), _parts(ddecay), _parts(dinitial_state),
+        *_places(dh, chunks), CHUNK=CHUNK, **options,
     )  # fmt: skip
     dinitial_state = dx.new_empty(0) if initial_state is None else dinitial_state.to(initial_state.dtype)
     return dx, ddecay, dinitial_state
@@ -77,11 +77,11 @@ def linear_scan_backward(
 
 def linear_scan_step(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    D = x.shape[1]
     in_place = torch.view_as_real(state) if state.is_complex() else state
-    step_kernel[(x.shape[0] * triton.cdiv(D, BLOCK),)](
-        _parts(x), _parts(decay), in_place, _parts(h), D, *state.stride(),
-        COMPLEX=x.is_complex(), BLOCK=BLOCK, num_warps=WARPS,
+    tile = _tile(x)
+    step_kernel[_grid(x, x.shape[0])](
+        _parts(x), _parts(decay), in_place, _parts(h), x.shape[1], *state.stride(),
+        COMPLEX=tile["COMPLEX"], BLOCK=tile["BLOCK"], num_warps=1,
     )  # fmt: skip
     return h
 
@@ -98,31 +98,35 @@ def _states_like(x: Tensor, chunks: Chunks, states: Tensor | None) -> Tensor:
     """A copy of the states in the precision of the kernels, or zeros: what a sequence without tokens ends with."""
     dtype = torch.complex64 if x.is_complex() else torch.float32
     if states is None:
-        return x.new_zeros(chunks.sequences, x.shape[2], dtype=dtype)
+        return x.new_zeros(chunks.sequences, x.shape[-1], dtype=dtype)
     return states.resolve_conj().resolve_neg().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def _tile(x: Tensor) -> dict:
+    block = COMPLEX_BLOCK if x.is_complex() else BLOCK
+    return {"COMPLEX": x.is_complex(), "TILE": TILE, "BLOCK": block, "num_warps": 1}
+
+
 def _grid(x: Tensor, rows: int) -> tuple[int]:
-    return (rows * triton.cdiv(x.shape[2], BLOCK),)
+    return (rows * triton.cdiv(x.shape[-1], _tile(x)["BLOCK"]),)
 
 
 def _places(x: Tensor, chunks: Chunks) -> tuple:
     return x.shape[1], x.shape[2], chunks.cu_seqlens, chunks.sequence_of, chunks.first_chunk
 
 
-def _carry(x, decay, initial_state, chunks: Chunks, *, BACKWARD, REVERSE, COMPLEX) -> Tensor | None:
+def _carry(x, decay, initial_state, chunks: Chunks, *, BACKWARD, REVERSE, **tile) -> Tensor | None:
     """The states after all chunks, or `None` where no sequence has a second one."""
     if chunks.per_sequence == 1:
         return None
     states, products = (x.new_empty(chunks.count, *x.shape[2:], dtype=torch.float32) for _ in range(2))
-    summary_kernel[_grid(x, chunks.count)](
-        x, decay, states, products, *_places(x, chunks), BACKWARD=BACKWARD, REVERSE=REVERSE, COMPLEX=COMPLEX,
-        CHUNK=CHUNK, TILE=TILE, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
-    carry_kernel[_grid(x, chunks.sequences)](
-        states, products, initial_state, x.shape[2], chunks.per_sequence, chunks.first_chunk,
-        COMPLEX=COMPLEX, REVERSE=False, TILE=TILE, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    blocks = triton.cdiv(x.shape[2], tile["BLOCK"])
+    summary_kernel[(chunks.count * blocks,)](
+        x, decay, states, products, *_places(x, chunks), BACKWARD=BACKWARD, REVERSE=REVERSE, CHUNK=CHUNK, **tile
+    )
+    carry_kernel[(chunks.sequences * blocks,)](
+        states, products, initial_state, x.shape[2], chunks.per_sequence, chunks.first_chunk, REVERSE=False, **tile
+    )
     return states
 
 
@@ -189,14 +193,16 @@ def summary_kernel(
 ):  # fmt: skip
     """A chunk as the map h -> product h + added, `[chunks, D]`."""
     chunk, channel, inside = channel_block(D, BLOCK)
-    _, first, length, place = locate_chunk(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK)
+    _n, first, length, place = locate_chunk(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK)
     hr = tl.zeros((1, BLOCK), tl.float32)
     pr = tl.full((1, BLOCK), 1.0, tl.float32)
     hi = hr
     pi = hr
     for begin in range(0, CHUNK, TILE):
         i = (place * CHUNK + begin + tl.arange(0, TILE))[:, None]
-        ar, ai, xr, xi, _, _ = load_tile(x, decay, first, length, i, D, channel, inside, BACKWARD, REVERSE, COMPLEX)
+        ar, ai, xr, xi, _at, _mask = load_tile(
+            x, decay, first, length, i, D, channel, inside, BACKWARD, REVERSE, COMPLEX
+        )
         ar, ai, xr, xi = scan_tile(ar, ai, xr, xi, hr, hi, COMPLEX)
         hr, hi = last_row(xr), last_row(xi)
         pr, pi = product(pr, pi, last_row(ar), last_row(ai), COMPLEX)
@@ -217,7 +223,7 @@ def scan_kernel(
     for begin in range(0, CHUNK, TILE):
         i = (place * CHUNK + begin + tl.arange(0, TILE))[:, None]
         ar, ai, xr, xi, at, mask = load_tile(x, decay, first, length, i, D, channel, inside, False, REVERSE, COMPLEX)
-        _, _, xr, xi = scan_tile(ar, ai, xr, xi, hr, hi, COMPLEX)
+        ar, ai, xr, xi = scan_tile(ar, ai, xr, xi, hr, hi, COMPLEX)
         store_parts(h, at, xr, xi, mask, COMPLEX)
         hr, hi = last_row(xr), last_row(xi)
     last = in_last_chunk(length, place, D, channel, CHUNK)
@@ -244,7 +250,7 @@ def scan_backward_kernel(
     for begin in range(0, CHUNK, TILE):
         i = (place * CHUNK + begin + tl.arange(0, TILE))[:, None]
         ar, ai, xr, xi, at, mask = load_tile(dh, decay, first, length, i, D, channel, inside, True, REVERSE, COMPLEX)
-        _, _, xr, xi = scan_tile(ar, ai, xr, xi, gr, gi, COMPLEX)
+        ar, ai, xr, xi = scan_tile(ar, ai, xr, xi, gr, gi, COMPLEX)
         store_parts(dx, at, xr, -xi, mask, COMPLEX)
         hr, hi = load_parts(h, at - D if REVERSE else at + D, mask & (i < length - 1), COMPLEX)
         hr, hi = tl.where(i < length - 1, hr, sr), tl.where(i < length - 1, hi, si)
@@ -260,7 +266,10 @@ def scan_backward_kernel(
 
 
 @triton.jit
-def step_kernel(x, decay, state, h, D, stride_row, stride_channel, COMPLEX: tl.constexpr, BLOCK: tl.constexpr):
+def step_kernel(
+    x, decay, state, h, D, stride_row, stride_channel,
+    COMPLEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """h <- a h + x, in place."""
     row, channel, inside = channel_block(D, BLOCK)
     row = tl.cast(row, tl.int64)

@@ -119,6 +119,6 @@ def carry_kernel(
         at = chunk * M + number
         ar, ai = load_parts(products, at, mask, COMPLEX)
         xr, xi = load_parts(states, at, mask, COMPLEX)
-        _, _, xr, xi = scan_tile(ar, ai, xr, xi, hr, hi, COMPLEX)
+        ar, ai, xr, xi = scan_tile(ar, ai, xr, xi, hr, hi, COMPLEX)
         store_parts(states, at, xr, xi, mask, COMPLEX)
         hr, hi = last_row(xr), last_row(xi)  # past the end only in the last tile

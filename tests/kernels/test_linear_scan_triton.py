@@ -25,7 +25,7 @@ NAMES = ("x", "decay", "initial_state")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Chunks of two tiles, and so few channels that a token has several blocks."""
-    for name, value in {"CHUNK": 8, "TILE": 4, "BLOCK": 2}.items():
+    for name, value in {"CHUNK": 8, "TILE": 4, "BLOCK": 2, "COMPLEX_BLOCK": 2}.items():
         monkeypatch.setattr(triton_scan, name, value)
 
 
