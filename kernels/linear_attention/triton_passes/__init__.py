@@ -6,17 +6,30 @@ and v keep their dtype, products of tiles accumulate in float32, and gates, sums
 """
 
 from lm_zoo.kernels.linear_attention.triton_passes.decay import cumulative_decay, cumulative_decay_backward
+from lm_zoo.kernels.linear_attention.triton_passes.delta import delta_apply, delta_transform
+from lm_zoo.kernels.linear_attention.triton_passes.delta_backward import delta_transform_backward
+from lm_zoo.kernels.linear_attention.triton_passes.gradients import chunk_gradients
 from lm_zoo.kernels.linear_attention.triton_passes.output import chunk_output
+from lm_zoo.kernels.linear_attention.triton_passes.output_backward import chunk_output_backward
 from lm_zoo.kernels.linear_attention.triton_passes.scores import chunk_scores, saved_dtypes
+from lm_zoo.kernels.linear_attention.triton_passes.scores_backward import chunk_scores_backward
 from lm_zoo.kernels.linear_attention.triton_passes.segment import cut
 from lm_zoo.kernels.linear_attention.triton_passes.states import chunk_states
+from lm_zoo.kernels.linear_attention.triton_passes.states_backward import chunk_states_backward
 
 __all__ = [
+    "chunk_gradients",
     "chunk_output",
+    "chunk_output_backward",
     "chunk_scores",
+    "chunk_scores_backward",
     "chunk_states",
+    "chunk_states_backward",
     "cumulative_decay",
     "cumulative_decay_backward",
     "cut",
+    "delta_apply",
+    "delta_transform",
+    "delta_transform_backward",
     "saved_dtypes",
 ]
