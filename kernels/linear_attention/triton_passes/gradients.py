@@ -1,0 +1,170 @@
+"""Passes 4 and 5 backwards to q, k, w and the decays: chunk_gradients."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch, launch
+from lm_zoo.kernels.linear_attention.triton_passes.segment import C, Segment, chunk_tokens
+from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
+    dot,
+    load_channels,
+    load_gates,
+    load_tokens,
+    padded,
+    store_tokens,
+)
+
+# Launch.block: channels of K and of V in a tile.
+TABLE["chunk_gradients_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
+TABLE["chunk_gradients_kernel", "small"] = {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)}
+
+
+def chunk_gradients(
+    do: Tensor,
+    du: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v_new: Tensor,
+    G: Tensor | None,
+    states: Tensor,
+    dstates: Tensor,
+    scale: float,
+    segment: Segment,
+    *,
+    delta: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dq and dk per value head, dw if `delta`, dG, dlog_decay, and dA_qk if the decay is per channel. If it is not,
+    dA_qk is used up here: dq, dk and dG have its share.
+
+    dq and dk are in float32 where a later pass adds to them.
+    """
+    H, K = q.shape[2:]
+    B, T, HV, V = do.shape
+    per_channel = G is not None and G.dim() == 4
+    dq = q.new_empty(B, T, HV, K, dtype=torch.float32 if per_channel else q.dtype)
+    dk = q.new_empty(B, T, HV, K, dtype=torch.float32 if per_channel or delta else q.dtype)
+    dw = q.new_empty(B, T, HV, K) if delta else None
+    dG, dlog_decay = (None, None) if G is None else (torch.empty_like(G), torch.empty_like(G))
+    dA_qk = q.new_empty(B, T, HV, C.value) if per_channel else None
+    entry = launch("chunk_gradients_kernel", q, max(K, V))
+    chunk_gradients_kernel[segment.chunks, HV](
+        do, du, q, k, v_new, G, states, dstates, dq, dk, dw, dG, dlog_decay, dA_qk, scale,
+        segment.bounds, segment.length, H, HV,
+        K=K, V=V, BLOCK_K=min(entry.block, padded(K)), BLOCK_V=min(entry.block, padded(V)), PER_CHANNEL=per_channel,
+        num_warps=entry.warps, num_stages=entry.stages,
+    )  # fmt: skip
+    return dq, dk, dw, dG, dlog_decay, dA_qk
+
+
+@triton.jit
+def chunk_gradients_kernel(
+    do, du, q, k, v_new, G, states, dstates, dq, dk, dw, dG, dlog_decay, dA_qk, scale, bounds, T, H, HV,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """dq = scale e^G (dO S^T)    dk = e^{G_C - G} (v' dS^T)    dw = -du S^T    dA_qk = tril(dO v'^T)
+
+    One chunk and one value head per program. Unless the decay is per channel, with D_ij = scale dA_ij e^{G_i - G_j}
+    also dq += D k and dk += D^T q.
+
+    dG is q dq - k dk, but for k dk of the states: what k_i leaves at the chunk's end passes the decays after i, so
+    dlog_decay is its sum over i < t. By way of dG, terms of size 1 would have to cancel to leave one of size e^-50. Nor
+    does the diagonal of D, which no decay touches, get into dG.
+    """
+    m, head = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1)
+    start, end = chunk_tokens(m, bounds, T)
+    last_token = tl.maximum(end - 1, 0)  # packed calls have chunks without tokens
+    shared_head = head // (HV // H)
+    i = tl.arange(0, C)
+    token = start + i
+    states += (m * HV + head) * K * V
+    dstates += (m * HV + head) * K * V
+    PER_TOKEN: tl.constexpr = G is not None and not PER_CHANNEL
+
+    D = tl.zeros([C, C], dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        column = first + tl.arange(0, BLOCK_V)
+        outputs = load_tokens(do, token, end, head, HV, column, V)
+        D = dot(outputs, load_channels(v_new, token, end, head, HV, column, V), D)
+    if PER_CHANNEL:
+        store_tokens(dA_qk, tl.where(i[:, None] >= i[None, :], D, 0.0), token, end, head, HV, i, C)
+    else:
+        diagonal = tl.sum(tl.where(i[:, None] == i[None, :], D, 0.0), axis=1)[:, None] * scale
+        below = (i[:, None] > i[None, :]) & (token < end)[:, None]  # past the end e^{G_i - G_j} could overflow
+        D = tl.where(below, D * scale, 0.0)
+    if PER_TOKEN:
+        g, G_end = load_gates(G, token, end, head, HV), tl.load(G + last_token * HV + head)
+        D *= tl.exp(tl.where(below, g[:, None] - g[None, :], 0.0))
+        dG_sum = tl.zeros([C], dtype=tl.float32)
+        left = tl.zeros([C], dtype=tl.float32)  # k dk of the states
+        through = 0.0  # e^{G_C} S dS: what passes the whole chunk
+    D = D.to(q.dtype.element_ty)
+
+    for first in range(0, K, BLOCK_K):
+        row = first + tl.arange(0, BLOCK_K)
+        dq_tile, dk_tile, dw_tile, passed = state_gradients(
+            do, du, v_new, states, dstates, token, end, head, HV, row, K, V, BLOCK_V, dw is not None, G is not None
+        )
+        if dw is not None:
+            store_tokens(dw, -dw_tile, token, end, head, HV, row, K)
+        queries = load_tokens(q, token, end, shared_head, H, row, K)
+        keys = load_tokens(k, token, end, shared_head, H, row, K)
+        dq_tile *= scale
+        if PER_CHANNEL:
+            g, G_end = load_tokens(G, token, end, head, HV, row, K), load_last(G, last_token, head, HV, row, K)
+            dq_tile *= tl.exp(g)
+            dk_tile *= tl.exp(G_end[None, :] - g)
+            passed *= tl.exp(G_end)
+            store_tokens(dG, queries.to(tl.float32) * dq_tile, token, end, head, HV, row, K)
+            before = tl.cumsum(keys.to(tl.float32) * dk_tile, axis=0) + passed[None, :]
+            store_tokens(dlog_decay, before, token + 1, end, head, HV, row, K)
+            tl.store(dlog_decay + (start * HV + head) * K + row, passed, mask=row < tl.where(start < end, K, 0))
+        else:
+            dq_scores, dk_scores = dot(D, keys), dot(tl.trans(D), queries)
+            if PER_TOKEN:
+                dq_tile *= tl.exp(g)[:, None]
+                dk_tile *= tl.exp(G_end - g)[:, None]
+                left += tl.sum(keys.to(tl.float32) * dk_tile, axis=1)
+                dG_sum += tl.sum(queries.to(tl.float32) * (dq_tile + dq_scores), axis=1)
+                dG_sum -= tl.sum(keys.to(tl.float32) * dk_scores, axis=1)
+                through += tl.sum(passed, axis=0) * tl.exp(G_end)
+            dq_tile += dq_scores + diagonal * keys.to(tl.float32)
+            dk_tile += dk_scores + diagonal * queries.to(tl.float32)
+        store_tokens(dq, dq_tile, token, end, head, HV, row, K)
+        store_tokens(dk, dk_tile, token, end, head, HV, row, K)
+
+    if PER_TOKEN:
+        tl.store(dG + token * HV + head, dG_sum, mask=token < end)
+        before = tl.cumsum(left, axis=0) + through
+        tl.store(dlog_decay + (token + 1) * HV + head, before, mask=token + 1 < end)
+        tl.store(dlog_decay + start * HV + head, through, mask=start < end)
+
+
+@triton.jit
+def state_gradients(
+    do, du, v_new, states, dstates, token, end, head, HV, row,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """dO S^T, v' dS^T, with DELTA du S^T, and with DECAY sum_v S dS, of the channels `row` of a key."""
+    dq = tl.zeros([token.shape[0], row.shape[0]], dtype=tl.float32)
+    dk = tl.zeros([token.shape[0], row.shape[0]], dtype=tl.float32)
+    dw = tl.zeros([token.shape[0], row.shape[0]], dtype=tl.float32)
+    passed = tl.zeros([row.shape[0]], dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        column = first + tl.arange(0, BLOCK_V)
+        tile, mask = row[:, None] * V + column[None, :], (row < K)[:, None] & (column < V)[None, :]
+        S = tl.load(states + tile, mask=mask, other=0.0)
+        dS = tl.load(dstates + tile, mask=mask, other=0.0)
+        dq = dot(load_tokens(do, token, end, head, HV, column, V), tl.trans(S), dq)
+        dk = dot(load_tokens(v_new, token, end, head, HV, column, V), tl.trans(dS), dk)
+        if DELTA:
+            dw = dot(load_tokens(du, token, end, head, HV, column, V), tl.trans(S), dw)
+        if DECAY:
+            passed += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+    return dq, dk, dw, passed
+
+
+@triton.jit
+def load_last(G, last_token, head, HV, row, K: tl.constexpr):
+    return tl.load(G + (last_token * HV + head) * K + row, mask=row < K, other=0.0)

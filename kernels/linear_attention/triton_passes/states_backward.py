@@ -1,0 +1,110 @@
+"""Pass 4 backwards: chunk_states_backward, the only backward pass that is sequential over the chunks."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch, launch
+from lm_zoo.kernels.linear_attention.triton_passes.segment import C, Segment, sequence_chunks
+from lm_zoo.kernels.linear_attention.triton_passes.states import sequence_tokens
+from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
+    dot,
+    load_channels,
+    load_gates,
+    load_tokens,
+    padded,
+    store_tokens,
+)
+
+# Launch.block: columns of the state that a program carries, with all their K rows.
+TABLE["chunk_states_backward_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 2)}
+TABLE["chunk_states_backward_kernel", "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
+
+
+def chunk_states_backward(
+    do: Tensor,
+    dv_new: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor | None,
+    G: Tensor | None,
+    scale: float,
+    segment: Segment,
+) -> Tensor:
+    """The gradient of the state leaving each chunk, `[M, HV, K, V]` in the dtype of q; dv_new, from the chunk's outputs
+    alone so far, becomes du.
+
+    dstate, the gradient of the final states, becomes that of the initial ones.
+    """
+    H, K = q.shape[2:]
+    HV, V = do.shape[2:]
+    dstates = q.new_empty(segment.chunks, HV, K, V)
+    entry = launch("chunk_states_backward_kernel", q, K)
+    block = min(entry.block, padded(V))
+    chunk_states_backward_kernel[segment.sequences, HV, triton.cdiv(V, block)](
+        do, dv_new, dstate, dstates, q, k, w, G, scale, segment.bounds, segment.first_chunk, segment.length, H, HV,
+        K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PER_CHANNEL=G is not None and G.dim() == 4,
+        num_warps=entry.warps, num_stages=entry.stages,
+    )  # fmt: skip
+    return dstates
+
+
+@triton.jit
+def chunk_states_backward_kernel(
+    do, dv_new, dstate, dstates, q, k, w, G, scale, bounds, first_chunk, T, H, HV,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """du = dv' + (K e^{G_C - G}) dS,    dS <- Diag(e^{G_C}) dS + scale (Q e^G)^T dO - w^T du,    last chunk first.
+
+    A program owns BLOCK_V columns of dS of one value head, and keeps them in registers with all K rows. What is stored
+    is dS of the state that leaves the chunk, from before the update.
+    """
+    n, head = tl.program_id(0), tl.program_id(1)
+    shared_head = head // (HV // H)
+    first, last = sequence_chunks(n, first_chunk, T)
+    start, end = sequence_tokens(first, last, bounds, T)
+    row = tl.arange(0, BLOCK_K)
+    column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    tile = row[:, None] * V + column[None, :]
+    mask = (row < K)[:, None] & (column < V)[None, :]
+    dstate += (tl.cast(n, tl.int64) * HV + head) * K * V + tile
+    dstates += (first * HV + head) * K * V + tile
+    dS = tl.load(dstate, mask=mask, other=0.0)
+    chunks = tl.cast(last - first, tl.int32)
+
+    for step in range(0, chunks):
+        m = chunks - 1 - step
+        token = start + m * C + tl.arange(0, C)
+        last_token = tl.minimum(start + m * C + C, end) - 1
+        leaving = dS.to(q.dtype.element_ty)
+        tl.store(dstates + tl.cast(m, tl.int64) * HV * K * V, leaving, mask=mask)
+        keys = load_tokens(k, token, end, shared_head, H, row, K)
+        queries = load_channels(q, token, end, shared_head, H, row, K)
+        outputs = load_tokens(do, token, end, head, HV, column, V)
+        du = load_tokens(dv_new, token, end, head, HV, column, V).to(tl.float32)
+
+        # Beyond `end` G reads 0: the exponents are 0 and G_C there, on rows that are 0.
+        if PER_CHANNEL:
+            G_end = tl.load(G + (last_token * HV + head) * K + row, mask=row < K, other=0.0)
+            to_end = G_end[None, :] - load_tokens(G, token, end, head, HV, row, K)
+            du = dot((keys.to(tl.float32) * tl.exp(to_end)).to(keys.dtype), leaving, du)
+            from_start = load_channels(G, token, end, head, HV, row, K)
+            queries = (queries.to(tl.float32) * (tl.exp(from_start) * scale)).to(keys.dtype)
+            dS *= tl.exp(G_end)[:, None]
+        elif G is not None:
+            G_end = tl.load(G + last_token * HV + head)
+            g = load_gates(G, token, end, head, HV)
+            du += dot(keys, leaving) * tl.exp(G_end - g)[:, None]
+            outputs = (outputs.to(tl.float32) * (tl.exp(g) * scale)[:, None]).to(keys.dtype)
+            dS *= tl.exp(G_end)
+        else:
+            du = dot(keys, leaving, du)
+            outputs = (outputs.to(tl.float32) * scale).to(keys.dtype)
+        dS = dot(queries, outputs, dS)
+
+        du = du.to(keys.dtype)
+        store_tokens(dv_new, du, token, end, head, HV, column, V)
+        if w is not None:
+            dS = dot(load_channels(w, token, end, head, HV, row, K), -du, dS)
+    tl.store(dstate, dS, mask=mask)
