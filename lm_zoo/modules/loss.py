@@ -1,5 +1,7 @@
 """Cross entropy straight from hidden states, without ever holding the logits of all tokens."""
 
+import importlib.util
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,7 +20,8 @@ def linear_cross_entropy(
 
     Equals `F.cross_entropy(hidden @ weight.T, labels)`, but only the logits of one chunk are alive at a time. Where
     gradients are needed, the same sweep computes them, in the shapes of hidden and weight: nothing is computed twice.
-    Softmax and sums are in float32 (float64 for float64 inputs); under autocast the products are in its dtype.
+    Softmax and sums are in float32 (float64 for float64 inputs); under autocast the products are in its dtype. On a
+    GPU, where the package `liger-kernel` is installed (`pip install lm_zoo[gpu]`), its fused kernels do the same.
 
     Args:
         hidden: `[N, D]`.
@@ -46,7 +49,12 @@ def linear_cross_entropy(
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if reduction == "none" and needs_grad:
         raise ValueError('reduction="none" gives no gradients: call it under torch.no_grad(), or use "sum" or "mean"')
-    if needs_grad:
+    if needs_grad and _fused_kernels_run(hidden):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        options = {"ignore_index": ignore_index, "reduction": "sum", "accum_dtype": torch.float32}
+        total = liger_fused_linear_cross_entropy(hidden, weight, labels, **options)
+    elif needs_grad:
         total = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index)
     else:
         losses = _sweep(hidden, weight, labels, ignore_index)[0]
@@ -54,6 +62,11 @@ def linear_cross_entropy(
             return losses
         total = losses.sum()
     return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def _fused_kernels_run(hidden: Tensor) -> bool:
+    on_gpu = hidden.is_cuda and hidden.dtype != torch.float64
+    return on_gpu and importlib.util.find_spec("liger_kernel") is not None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,5 +1,8 @@
 """linear_cross_entropy against F.cross_entropy on the full logits, and its memory."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,6 +119,40 @@ def test_a_large_vocabulary_never_meets_all_tokens():
     with Largest() as largest:
         linear_cross_entropy(hidden, weight, labels).backward()
     assert largest.elements <= max(loss_module.CHUNK_ELEMENTS, weight.numel())
+
+
+def test_on_a_gpu_the_fused_kernels_take_over_where_they_are_installed(monkeypatch):
+    """Here in their place stands what their documentation says; `test_fused_kernels` calls the real ones."""
+    calls = []
+
+    def fused(hidden, weight, labels, *, ignore_index, reduction, accum_dtype):
+        calls.append((reduction, accum_dtype))
+        return F.cross_entropy(hidden @ weight.T, labels, ignore_index=ignore_index, reduction=reduction)
+
+    package, functional = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.functional")
+    functional.liger_fused_linear_cross_entropy = fused
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    hidden, weight, labels = make(torch.float32)
+    expected = linear_cross_entropy(hidden, weight, labels)
+    assert not calls
+    monkeypatch.setattr(loss_module, "_fused_kernels_run", lambda hidden: True)
+    assert_close(linear_cross_entropy(hidden, weight, labels), expected, 1e-6)
+    assert calls == [("sum", torch.float32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fused_kernels():
+    pytest.importorskip("liger_kernel")
+    hidden, weight, labels = (x.detach().cuda() for x in make(torch.float32))
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(*leaves, labels)
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels)
+    assert_close(loss, expected, 1e-5)
+    for actual, correct in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert_close(actual, correct, 1e-4)
 
 
 @pytest.mark.parametrize(
