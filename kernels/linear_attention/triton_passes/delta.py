@@ -54,8 +54,8 @@ def delta_apply(
 def delta_transform_kernel(A_kk, beta, transform, bounds, T, HA, HV, PRECISION: tl.constexpr):
     """T = (I + L)^-1 with L = diag(beta) A_kk, one chunk and one value head per program.
 
-    In blocks of 16: those on the diagonal by substitution, T_ii = (I + L_ii)^-1; those below from what stands above
-    them, T_ij = -T_ii sum_{j <= n < i} L_in T_nj. Both have the accuracy of substitution in float32; a series in powers
+    In blocks of 16: those on the diagonal are T_ii = (I + L_ii)^-1, those below follow from what stands above them,
+    T_ij = -T_ii sum_{j <= n < i} L_in T_nj. All of it has the accuracy of substitution in float32; a series in powers
     of L would have to cancel.
     """
     head = tl.program_id(1)
@@ -65,9 +65,10 @@ def delta_transform_kernel(A_kk, beta, transform, bounds, T, HA, HV, PRECISION: 
     beta += start * HV + head
     transform += (start * HV + head) * C
 
-    diagonal = diagonal_inverses(A_kk, beta, length, HA, HV)
-    T00, T11 = diagonal_block(diagonal, 0), diagonal_block(diagonal, 1)
-    T22, T33 = diagonal_block(diagonal, 2), diagonal_block(diagonal, 3)
+    T00 = block_inverse(load_block(A_kk, beta, 0, 0, length, HA, HV), PRECISION)
+    T11 = block_inverse(load_block(A_kk, beta, 1, 1, length, HA, HV), PRECISION)
+    T22 = block_inverse(load_block(A_kk, beta, 2, 2, length, HA, HV), PRECISION)
+    T33 = block_inverse(load_block(A_kk, beta, 3, 3, length, HA, HV), PRECISION)
     L10 = load_block(A_kk, beta, 1, 0, length, HA, HV)
     L20 = load_block(A_kk, beta, 2, 0, length, HA, HV)
     L21 = load_block(A_kk, beta, 2, 1, length, HA, HV)
@@ -90,27 +91,15 @@ def delta_transform_kernel(A_kk, beta, transform, bounds, T, HA, HV, PRECISION: 
 
 
 @triton.jit
-def diagonal_inverses(A_kk, beta, length, HA, HV):
-    """X = (I + L_ii)^-1 of the blocks on the diagonal, `[4, 16, 16]`: X <- X - L[:, j] X[j, :] for one j after the
-    other, after which row j + 1 is done."""
-    i = tl.arange(0, BLOCK)
-    first = tl.arange(0, C // BLOCK)[:, None, None] * BLOCK
-    token = first + i[None, :, None]
-    below = (token < length) & (i[None, :, None] > i[None, None, :])
-    L = tl.load(A_kk + token * HA * C + first + i[None, None, :], mask=below, other=0.0).to(tl.float32)
-    L *= tl.load(beta + token * HV, mask=token < length, other=0.0).to(tl.float32)
-    X = tl.zeros_like(L) + (i[:, None] == i[None, :])[None, :, :].to(tl.float32)
-    for j in range(0, BLOCK - 1):
-        column = tl.sum(tl.where(i[None, None, :] == j, L, 0.0), axis=2)
-        row = tl.sum(tl.where(i[None, :, None] == j, X, 0.0), axis=1)
-        X -= column[:, :, None] * row[:, None, :]
+def block_inverse(L, PRECISION: tl.constexpr):
+    """X = (I + L)^-1 of a block. Its own blocks on the diagonal are inverted first, of size 2, 4, 8 and 16: with E what
+    of L the doubled size adds, X <- X - X E X, which is -Q^-1 R P^-1 below the diagonal of [[P, 0], [R, Q]]."""
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    X = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, L, 0.0)
+    for level in tl.static_range(1, 4):
+        added = (row >> level != column >> level) & (row >> (level + 1) == column >> (level + 1))
+        X -= product(X, product(tl.where(added, L, 0.0), X, PRECISION), PRECISION)
     return X
-
-
-@triton.jit
-def diagonal_block(blocks, n: tl.constexpr):
-    chosen = tl.arange(0, C // BLOCK)[:, None, None] == n
-    return tl.sum(tl.where(chosen, blocks, 0.0), axis=0)
 
 
 @triton.jit
