@@ -1,15 +1,11 @@
 """Softmax attention: the transformer's mixer, as baseline and as partner in hybrids."""
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 
-from lm_zoo.kernels.checks import check_bounds
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.checks import check_input, check_positive, check_size
-from lm_zoo.layers.kv_state import GrowingKeyValues, WindowKeyValues
-from lm_zoo.modules.attention import attend, attend_window
+from lm_zoo.layers.kv_state import key_values, softmax_attention
 from lm_zoo.modules.rotary import rotary, token_positions
 
 
@@ -77,13 +73,7 @@ class SoftmaxAttention(Mixer):
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)
-        shape = (batch_size, self.num_kv_heads, self.window or 0, self.head_size)
-        tensors = {
-            "keys": torch.zeros(shape, device=device, dtype=dtype),
-            "values": torch.zeros(shape, device=device, dtype=dtype),
-            "position": torch.zeros(batch_size, dtype=torch.int64, device=device),
-        }
-        return WindowKeyValues(tensors) if self.window else GrowingKeyValues(tensors)
+        return key_values(batch_size, self.num_kv_heads, self.head_size, self.window, device, dtype)
 
     def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         check_input(x, self.hidden_size, state, cu_seqlens)
@@ -96,34 +86,5 @@ class SoftmaxAttention(Mixer):
             (self.num_heads, self.num_kv_heads), dim=2
         )
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        o = self._attend(q, k, v, state) if cu_seqlens is None else self._attend_packed(q, k, v, state, cu_seqlens)
+        o = softmax_attention(q, k, v, window=self.window, state=state, cu_seqlens=cu_seqlens)
         return self.o_proj(o.transpose(1, 2).flatten(2))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None) -> Tensor:
-        if state is not None:
-            return state.attend(q, k, v)
-        return attend(q, k, v) if self.window is None else attend_window(q, k, v, self.window)
-
-    def _attend_packed(self, q, k, v, state, cu_seqlens) -> Tensor:
-        """Document by document, so that no work goes into pairs of tokens from different ones."""
-        if torch.compiler.is_compiling() and state is None:
-            return attend(q, k, v, self._document_mask(q.shape[2], cu_seqlens))
-        bounds = cu_seqlens.tolist()
-        check_bounds(bounds, q.shape[2])
-        outputs = []
-        for n, (start, end) in enumerate(itertools.pairwise(bounds)):
-            if start == end:
-                continue
-            row = None if state is None else state.select(cu_seqlens.new_tensor([n]))
-            outputs.append(self._attend(*(x[:, :, start:end] for x in (q, k, v)), row))
-            if row is not None:
-                state.put(n, row)
-        return torch.cat(outputs, dim=2)
-
-    def _document_mask(self, length: int, cu_seqlens: Tensor) -> Tensor:
-        """Who sees whom, `[1, 1, T, T]`: for torch.compile, which cannot loop over borders that it does not know."""
-        token = torch.arange(length, device=cu_seqlens.device)
-        document = torch.searchsorted(cu_seqlens, token, right=True)
-        distance = token[:, None] - token
-        mask = (document[:, None] == document) & (distance >= 0)
-        return (mask if self.window is None else mask & (distance < self.window))[None, None]
