@@ -67,68 +67,74 @@ def delta_transform_backward_kernel(
     """
     start, end = chunk_tokens(tl.program_id(0), bounds, T)
     head = tl.program_id(1)
+    length = (end - start).to(tl.int32)
     shared_head = head // (HV // H)
     i = tl.arange(0, C)
-    token = start + i
-    gate = token * HV + head
-    strength = tl.load(beta + gate, mask=token < end, other=0.0).to(tl.float32)
-    transform = load_channels(T_delta, token, end, head, HV, i, C)  # T^T
+    du, u, v, dv = du + start * HV * V, u + start * HV * V, v + start * HV * V, dv + start * HV * V
+    dw, w, dk, k = dw + start * HV * K, w + start * HV * K, dk + start * HV * K, k + start * H * K
+    if G is not None:
+        gates: tl.constexpr = K if PER_CHANNEL else 1  # of a token and head
+        G, dG = G + start * HV * gates, dG + start * HV * gates
+    strength = load_gates(beta + start * HV, i, length, head, HV)
+    transform = load_channels(T_delta + start * HV * C, i, length, head, HV, i, C)  # T^T
 
     dB = tl.zeros([C, C], dtype=tl.float32)
     dbeta_sum = tl.zeros([C], dtype=tl.float32)
     for first in range(0, V, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
-        dX = dot(transform, load_tokens(du, token, end, head, HV, column, V))
-        dB = dot(dX.to(u.dtype.element_ty), load_channels(u, token, end, head, HV, column, V), dB)
-        dbeta_sum += tl.sum(dX * load_tokens(v, token, end, head, HV, column, V).to(tl.float32), axis=1)
-        store_tokens(dv, dX * strength[:, None], token, end, head, HV, column, V)
+        dX = dot(transform, load_tokens(du, i, length, head, HV, column, V))
+        dB = dot(dX.to(u.dtype.element_ty), load_channels(u, i, length, head, HV, column, V), dB)
+        dbeta_sum += tl.sum(dX * load_tokens(v, i, length, head, HV, column, V).to(tl.float32), axis=1)
+        store_tokens(dv, dX * strength[:, None], i, length, head, HV, column, V)
 
     if not PER_CHANNEL:
         A = tl.zeros([C, C], dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         row = first + tl.arange(0, BLOCK_K)
-        dX = dot(transform, load_tokens(dw, token, end, head, HV, row, K))
-        dB = dot(dX.to(w.dtype.element_ty), load_channels(w, token, end, head, HV, row, K), dB)
+        dX = dot(transform, load_tokens(dw, i, length, head, HV, row, K))
+        dB = dot(dX.to(w.dtype.element_ty), load_channels(w, i, length, head, HV, row, K), dB)
         if not PER_CHANNEL:
-            keys = load_tokens(k, token, end, shared_head, H, row, K)
+            keys = load_tokens(k, i, length, shared_head, H, row, K)
             A = dot(keys, tl.trans(keys), A)
 
-    below = (i[:, None] > i[None, :]) & (token < end)[:, None]  # past the end e^{G_i - G_j} could overflow
+    below = (i[:, None] > i[None, :]) & (i < length)[:, None]  # past the end e^{G_i - G_j} could overflow
     dB = tl.where(below, -dB, 0.0)
     if not PER_CHANNEL:
-        g = tl.zeros([C], dtype=tl.float32) if G is None else load_gates(G, token, end, head, HV)
+        g = tl.zeros([C], dtype=tl.float32) if G is None else load_gates(G, i, length, head, HV)
         decay = tl.exp(tl.where(below, g[:, None] - g[None, :], 0.0))
         dbeta_sum += tl.sum(dB * (A * decay), axis=1)
         D = (dB * strength[:, None] * decay).to(k.dtype.element_ty)
         dG_sum = tl.zeros([C], dtype=tl.float32)
     else:
-        A = load_tokens(A_kk, token, end, head, HV, i, C).to(tl.float32)
+        A = load_tokens(A_kk + start * HV * C, i, length, head, HV, i, C).to(tl.float32)
         dbeta_sum += tl.sum(dB * A, axis=1)
-        store_tokens(dA_kk, dB * strength[:, None], token, end, head, HV, i, C)
+        store_tokens(dA_kk + start * HV * C, dB * strength[:, None], i, length, head, HV, i, C)
 
     for first in range(0, K, BLOCK_K):
         row = first + tl.arange(0, BLOCK_K)
-        dX = dot(transform, load_tokens(dw, token, end, head, HV, row, K))
-        keys = load_tokens(k, token, end, shared_head, H, row, K)
+        dX = dot(transform, load_tokens(dw, i, length, head, HV, row, K))
+        keys = load_tokens(k, i, length, shared_head, H, row, K)
         if PER_CHANNEL:
-            dX *= tl.exp(load_tokens(G, token, end, head, HV, row, K))
+            dX *= tl.exp(load_tokens(G, i, length, head, HV, row, K))
         elif G is not None:
             dX *= tl.exp(g)[:, None]
         dbeta_sum += tl.sum(dX * keys.to(tl.float32), axis=1)
         dk_tile = dX * strength[:, None]
         if PER_CHANNEL:
             x = keys.to(tl.float32) * dk_tile
-            store_tokens(dG, load_tokens(dG, token, end, head, HV, row, K) + x, token, end, head, HV, row, K)
+            store_tokens(dG, load_tokens(dG, i, length, head, HV, row, K) + x, i, length, head, HV, row, K)
         else:
-            dk_tile += dot(D, keys)
+            dk_tile = dot(D, keys, dk_tile)
+            if G is not None:
+                dG_sum += tl.sum(keys.to(tl.float32) * dk_tile, axis=1)
             as_column = dot(tl.trans(D), keys)
             if G is not None:
-                dG_sum += tl.sum(keys.to(tl.float32) * (dk_tile - as_column), axis=1)
+                dG_sum -= tl.sum(keys.to(tl.float32) * as_column, axis=1)
             dk_tile += as_column
-        dk_tile += load_tokens(dk, token, end, head, HV, row, K)
-        store_tokens(dk, dk_tile, token, end, head, HV, row, K)
+        dk_tile += load_tokens(dk, i, length, head, HV, row, K)
+        store_tokens(dk, dk_tile, i, length, head, HV, row, K)
 
-    tl.store(dbeta + gate, dbeta_sum, mask=token < end)
+    tl.store(dbeta + (start + i) * HV + head, dbeta_sum, mask=i < length)
     if dG is not None and not PER_CHANNEL:
-        dG_sum += tl.load(dG + gate, mask=token < end, other=0.0)
-        tl.store(dG + gate, dG_sum, mask=token < end)
+        dG_sum += load_gates(dG, i, length, head, HV)
+        tl.store(dG + i * HV + head, dG_sum, mask=i < length)

@@ -74,27 +74,34 @@ def chunk_gradients_kernel(
     """
     m, head = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1)
     start, end = chunk_tokens(m, bounds, T)
-    last_token = tl.maximum(end - 1, 0)  # packed calls have chunks without tokens
+    length = (end - start).to(tl.int32)
+    last = tl.maximum(length - 1, 0)  # packed calls have chunks without tokens
     shared_head = head // (HV // H)
     i = tl.arange(0, C)
-    token = start + i
-    states += (m * HV + head) * K * V
-    dstates += (m * HV + head) * K * V
+    q, k = q + start * H * K, k + start * H * K
+    dq, dk = dq + start * HV * K, dk + start * HV * K
+    do, v_new = do + start * HV * V, v_new + start * HV * V
+    states, dstates = states + (m * HV + head) * K * V, dstates + (m * HV + head) * K * V
+    if dw is not None:
+        du, dw = du + start * HV * V, dw + start * HV * K
+    if G is not None:
+        gates: tl.constexpr = K if PER_CHANNEL else 1  # of a token and head
+        G, dG, dlog_decay = G + start * HV * gates, dG + start * HV * gates, dlog_decay + start * HV * gates
     PER_TOKEN: tl.constexpr = G is not None and not PER_CHANNEL
 
     D = tl.zeros([C, C], dtype=tl.float32)
     for first in range(0, V, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
-        outputs = load_tokens(do, token, end, head, HV, column, V)
-        D = dot(outputs, load_channels(v_new, token, end, head, HV, column, V), D)
+        outputs = load_tokens(do, i, length, head, HV, column, V)
+        D = dot(outputs, load_channels(v_new, i, length, head, HV, column, V), D)
     if PER_CHANNEL:
-        store_tokens(dA_qk, tl.where(i[:, None] >= i[None, :], D, 0.0), token, end, head, HV, i, C)
+        store_tokens(dA_qk + start * HV * C, tl.where(i[:, None] >= i[None, :], D, 0.0), i, length, head, HV, i, C)
     else:
         diagonal = tl.sum(tl.where(i[:, None] == i[None, :], D, 0.0), axis=1)[:, None] * scale
-        below = (i[:, None] > i[None, :]) & (token < end)[:, None]  # past the end e^{G_i - G_j} could overflow
+        below = (i[:, None] > i[None, :]) & (i < length)[:, None]  # past the end e^{G_i - G_j} could overflow
         D = tl.where(below, D * scale, 0.0)
     if PER_TOKEN:
-        g, G_end = load_gates(G, token, end, head, HV), tl.load(G + last_token * HV + head)
+        g, G_end = load_gates(G, i, length, head, HV), tl.load(G + last * HV + head)
         D *= tl.exp(tl.where(below, g[:, None] - g[None, :], 0.0))
         dG_sum = tl.zeros([C], dtype=tl.float32)
         left = tl.zeros([C], dtype=tl.float32)  # k dk of the states
@@ -104,67 +111,69 @@ def chunk_gradients_kernel(
     for first in range(0, K, BLOCK_K):
         row = first + tl.arange(0, BLOCK_K)
         dq_tile, dk_tile, dw_tile, passed = state_gradients(
-            do, du, v_new, states, dstates, token, end, head, HV, row, K, V, BLOCK_V, dw is not None, G is not None
+            do, du, v_new, states, dstates, i, length, head, HV, row, K, V, BLOCK_V, dw is not None, G is not None
         )
         if dw is not None:
-            store_tokens(dw, -dw_tile, token, end, head, HV, row, K)
-        queries = load_tokens(q, token, end, shared_head, H, row, K)
-        keys = load_tokens(k, token, end, shared_head, H, row, K)
+            store_tokens(dw, -dw_tile, i, length, head, HV, row, K)
+        queries = load_tokens(q, i, length, shared_head, H, row, K)
+        keys = load_tokens(k, i, length, shared_head, H, row, K)
         dq_tile *= scale
         if PER_CHANNEL:
-            g, G_end = load_tokens(G, token, end, head, HV, row, K), load_last(G, last_token, head, HV, row, K)
+            g, G_end = load_tokens(G, i, length, head, HV, row, K), load_last(G, last, head, HV, row, K)
             dq_tile *= tl.exp(g)
+            store_tokens(dG, queries.to(tl.float32) * dq_tile, i, length, head, HV, row, K)
             dk_tile *= tl.exp(G_end[None, :] - g)
             passed *= tl.exp(G_end)
-            store_tokens(dG, queries.to(tl.float32) * dq_tile, token, end, head, HV, row, K)
             before = tl.cumsum(keys.to(tl.float32) * dk_tile, axis=0) + passed[None, :]
-            store_tokens(dlog_decay, before, token + 1, end, head, HV, row, K)
-            tl.store(dlog_decay + (start * HV + head) * K + row, passed, mask=row < tl.where(start < end, K, 0))
+            store_tokens(dlog_decay, before, i + 1, length, head, HV, row, K)
+            tl.store(dlog_decay + head * K + row, passed, mask=row < tl.where(length > 0, K, 0))
         else:
-            dq_scores, dk_scores = dot(D, keys), dot(tl.trans(D), queries)
             if PER_TOKEN:
                 dq_tile *= tl.exp(g)[:, None]
                 dk_tile *= tl.exp(G_end - g)[:, None]
                 left += tl.sum(keys.to(tl.float32) * dk_tile, axis=1)
-                dG_sum += tl.sum(queries.to(tl.float32) * (dq_tile + dq_scores), axis=1)
-                dG_sum -= tl.sum(keys.to(tl.float32) * dk_scores, axis=1)
                 through += tl.sum(passed, axis=0) * tl.exp(G_end)
-            dq_tile += dq_scores + diagonal * keys.to(tl.float32)
+            dq_tile = dot(D, keys, dq_tile)
+            dk_scores = dot(tl.trans(D), queries)
+            if PER_TOKEN:
+                dG_sum += tl.sum(queries.to(tl.float32) * dq_tile, axis=1)
+                dG_sum -= tl.sum(keys.to(tl.float32) * dk_scores, axis=1)
+            dq_tile += diagonal * keys.to(tl.float32)
             dk_tile += dk_scores + diagonal * queries.to(tl.float32)
-        store_tokens(dq, dq_tile, token, end, head, HV, row, K)
-        store_tokens(dk, dk_tile, token, end, head, HV, row, K)
+        store_tokens(dq, dq_tile, i, length, head, HV, row, K)
+        store_tokens(dk, dk_tile, i, length, head, HV, row, K)
 
     if PER_TOKEN:
-        tl.store(dG + token * HV + head, dG_sum, mask=token < end)
+        tl.store(dG + i * HV + head, dG_sum, mask=i < length)
         before = tl.cumsum(left, axis=0) + through
-        tl.store(dlog_decay + (token + 1) * HV + head, before, mask=token + 1 < end)
-        tl.store(dlog_decay + start * HV + head, through, mask=start < end)
+        tl.store(dlog_decay + (i + 1) * HV + head, before, mask=i + 1 < length)
+        tl.store(dlog_decay + head, through, mask=length > 0)
 
 
 @triton.jit
 def state_gradients(
-    do, du, v_new, states, dstates, token, end, head, HV, row,
+    do, du, v_new, states, dstates, i, length, head, HV, row,
     K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """dO S^T, v' dS^T, with DELTA du S^T, and with DECAY sum_v S dS, of the channels `row` of a key."""
-    dq = tl.zeros([token.shape[0], row.shape[0]], dtype=tl.float32)
-    dk = tl.zeros([token.shape[0], row.shape[0]], dtype=tl.float32)
-    dw = tl.zeros([token.shape[0], row.shape[0]], dtype=tl.float32)
+    dq = tl.zeros([i.shape[0], row.shape[0]], dtype=tl.float32)
+    dk = tl.zeros([i.shape[0], row.shape[0]], dtype=tl.float32)
+    dw = tl.zeros([i.shape[0], row.shape[0]], dtype=tl.float32)
     passed = tl.zeros([row.shape[0]], dtype=tl.float32)
     for first in range(0, V, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
         tile, mask = row[:, None] * V + column[None, :], (row < K)[:, None] & (column < V)[None, :]
         S = tl.load(states + tile, mask=mask, other=0.0)
         dS = tl.load(dstates + tile, mask=mask, other=0.0)
-        dq = dot(load_tokens(do, token, end, head, HV, column, V), tl.trans(S), dq)
-        dk = dot(load_tokens(v_new, token, end, head, HV, column, V), tl.trans(dS), dk)
+        dq = dot(load_tokens(do, i, length, head, HV, column, V), tl.trans(S), dq)
+        dk = dot(load_tokens(v_new, i, length, head, HV, column, V), tl.trans(dS), dk)
         if DELTA:
-            dw = dot(load_tokens(du, token, end, head, HV, column, V), tl.trans(S), dw)
+            dw = dot(load_tokens(du, i, length, head, HV, column, V), tl.trans(S), dw)
         if DECAY:
             passed += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
     return dq, dk, dw, passed
 
 
 @triton.jit
-def load_last(G, last_token, head, HV, row, K: tl.constexpr):
-    return tl.load(G + (last_token * HV + head) * K + row, mask=row < K, other=0.0)
+def load_last(G, last, head, HV, row, K: tl.constexpr):
+    return tl.load(G + (last * HV + head) * K + row, mask=row < K, other=0.0)

@@ -48,27 +48,29 @@ def chunk_output_backward_kernel(
     One chunk and one value head per program. Scores stand transposed, as [j, i].
     """
     start, end = chunk_tokens(tl.program_id(0), bounds, T)
+    length = (end - start).to(tl.int32)
     head = tl.program_id(1)
     shared_head = head // (HV // H)
     i = tl.arange(0, C)
-    token = start + i
+    q, k = q + start * H * K, k + start * H * K
+    do, dv_new = do + start * HV * V, dv_new + start * HV * V
     # Past the end G is not known, and e^{G_i - G_j} could overflow on scores that are 0.
-    causal = (i[None, :] >= i[:, None]) & (token < end)[None, :]
+    causal = (i[None, :] >= i[:, None]) & (i < length)[None, :]
 
     if A_qk is None:
         A = tl.zeros([C, C], dtype=tl.float32)
         for first in range(0, K, BLOCK_K):
             row = first + tl.arange(0, BLOCK_K)
-            keys = load_tokens(k, token, end, shared_head, H, row, K)
-            A = dot(keys, load_channels(q, token, end, shared_head, H, row, K), A)
+            keys = load_tokens(k, i, length, shared_head, H, row, K)
+            A = dot(keys, load_channels(q, i, length, shared_head, H, row, K), A)
         if G is not None:
-            g = load_gates(G, token, end, head, HV)
+            g = load_gates(G + start * HV, i, length, head, HV)
             A *= tl.exp(tl.where(causal, g[None, :] - g[:, None], 0.0))
         A = tl.where(causal, A * scale, 0.0).to(do.dtype.element_ty)
     else:
-        A = load_channels(A_qk, token, end, head, HV, i, C)
+        A = load_channels(A_qk + start * HV * C, i, length, head, HV, i, C)
 
     for first in range(0, V, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
-        dv = dot(A, load_tokens(do, token, end, head, HV, column, V))
-        store_tokens(dv_new, dv, token, end, head, HV, column, V)
+        dv = dot(A, load_tokens(do, i, length, head, HV, column, V))
+        store_tokens(dv_new, dv, i, length, head, HV, column, V)

@@ -64,7 +64,7 @@ def chunk_states_backward_kernel(
     shared_head = head // (HV // H)
     first, last = sequence_chunks(n, first_chunk, T)
     start, end = sequence_tokens(first, last, bounds, T)
-    row = tl.arange(0, BLOCK_K)
+    i, row = tl.arange(0, C), tl.arange(0, BLOCK_K)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     tile = row[:, None] * V + column[None, :]
     mask = (row < K)[:, None] & (column < V)[None, :]
@@ -75,26 +75,28 @@ def chunk_states_backward_kernel(
 
     for step in range(0, chunks):
         m = chunks - 1 - step
-        token = start + m * C + tl.arange(0, C)
-        last_token = tl.minimum(start + m * C + C, end) - 1
+        token = start + m * C  # the first of the chunk
+        length = tl.minimum(end - token, C).to(tl.int32)
         leaving = dS.to(q.dtype.element_ty)
         tl.store(dstates + tl.cast(m, tl.int64) * HV * K * V, leaving, mask=mask)
-        keys = load_tokens(k, token, end, shared_head, H, row, K)
-        queries = load_channels(q, token, end, shared_head, H, row, K)
-        outputs = load_tokens(do, token, end, head, HV, column, V)
-        du = load_tokens(dv_new, token, end, head, HV, column, V).to(tl.float32)
+        keys = load_tokens(k + token * H * K, i, length, shared_head, H, row, K)
+        queries = load_channels(q + token * H * K, i, length, shared_head, H, row, K)
+        outputs = load_tokens(do + token * HV * V, i, length, head, HV, column, V)
+        du = load_tokens(dv_new + token * HV * V, i, length, head, HV, column, V).to(tl.float32)
 
         # Beyond `end` G reads 0: the exponents are 0 and G_C there, on rows that are 0.
         if PER_CHANNEL:
-            G_end = tl.load(G + (last_token * HV + head) * K + row, mask=row < K, other=0.0)
-            to_end = G_end[None, :] - load_tokens(G, token, end, head, HV, row, K)
+            gates = G + token * HV * K
+            G_end = tl.load(gates + ((length - 1) * HV + head) * K + row, mask=row < K, other=0.0)
+            to_end = G_end[None, :] - load_tokens(gates, i, length, head, HV, row, K)
             du = dot((keys.to(tl.float32) * tl.exp(to_end)).to(keys.dtype), leaving, du)
-            from_start = load_channels(G, token, end, head, HV, row, K)
+            from_start = load_channels(gates, i, length, head, HV, row, K)
             queries = (queries.to(tl.float32) * (tl.exp(from_start) * scale)).to(keys.dtype)
             dS *= tl.exp(G_end)[:, None]
         elif G is not None:
-            G_end = tl.load(G + last_token * HV + head)
-            g = load_gates(G, token, end, head, HV)
+            gates = G + token * HV
+            G_end = tl.load(gates + (length - 1) * HV + head)
+            g = load_gates(gates, i, length, head, HV)
             du += dot(keys, leaving) * tl.exp(G_end - g)[:, None]
             outputs = (outputs.to(tl.float32) * (tl.exp(g) * scale)[:, None]).to(keys.dtype)
             dS *= tl.exp(G_end)
@@ -104,7 +106,7 @@ def chunk_states_backward_kernel(
         dS = dot(queries, outputs, dS)
 
         du = du.to(keys.dtype)
-        store_tokens(dv_new, du, token, end, head, HV, column, V)
+        store_tokens(dv_new + token * HV * V, du, i, length, head, HV, column, V)
         if w is not None:
-            dS = dot(load_channels(w, token, end, head, HV, row, K), -du, dS)
+            dS = dot(load_channels(w + token * HV * K, i, length, head, HV, row, K), -du, dS)
     tl.store(dstate, dS, mask=mask)
