@@ -2,21 +2,21 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = (h_t C_t + D x_t) silu(z_t)
 
-`reference.py` is this recurrence and nothing more. `segmented.py` computes it from the passes in `torch_passes.py`,
-forward and backward, over what `runs.py` cuts out. `step.py` is one token at a time, for decoding.
+`reference.py` is this recurrence and nothing more. `segmented.py` computes it in PyTorch from the passes in
+`torch_passes.py`, forward and backward, over what `runs.py` cuts out; `triton_scan.py` and `triton_backward.py` compute
+it in Triton; `op.py` is the op that runs either. `step.py` is one token at a time, for decoding.
 """
 
 import torch
 from torch import Tensor
 
-from lm_zoo.kernels.checks import check_cu_seqlens, check_option, check_same, check_shape, check_tensor
+from lm_zoo.kernels.backends import choose
+from lm_zoo.kernels.checks import check_cu_seqlens, check_same, check_shape, check_tensor
+from lm_zoo.kernels.selective_scan import op
 from lm_zoo.kernels.selective_scan.reference import selective_scan_reference
-from lm_zoo.kernels.selective_scan.segmented import selective_scan_segmented
 from lm_zoo.kernels.selective_scan.step import selective_scan_step
 
 __all__ = ["selective_scan", "selective_scan_step"]
-
-BACKENDS = ("auto", "torch", "reference")
 
 
 def selective_scan(
@@ -55,7 +55,8 @@ def selective_scan(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: `[number of sequences + 1]` int32 or int64, borders of sequences packed along time, from 0 to T;
             needs a batch of 1. An empty sequence keeps its state.
-        backend: "auto", "torch" (in segments, any device) or "reference" (token by token, slow).
+        backend: "auto" (Triton for tensors on a GPU, PyTorch elsewhere), "triton" (N up to 256), "torch" (any device)
+            or "reference" (token by token, slow).
 
     Returns:
         y `[B, T, D]` in the dtype of x, and the final state in the shape of the initial one (float32, or float64 for
@@ -63,14 +64,18 @@ def selective_scan(
 
     Raises:
         TypeError: an argument that is not a floating tensor. ValueError: a shape, device, dtype or option that does not
-        fit, a `cu_seqlens` that does not run from 0 to T or, where the tensors are on a CPU, an A above 0, a dt below 0
-        or a state that is not finite; the message names the argument.
+        fit or, where the tensors are on a CPU (elsewhere looking at them would stall the device), a `cu_seqlens` that
+        does not run from 0 to T, an A above 0, a dt below 0 or a state that is not finite; the message names the
+        argument.
     """
     _check_arguments(x, dt, A, B, C, D, z, initial_state, cu_seqlens)
-    check_option("backend", backend, BACKENDS)
-    scan = selective_scan_reference if backend == "reference" else selective_scan_segmented
+    backend = choose(backend, x, unsupported=op.why_not_triton(A))
+    inputs = (x, dt, A, B, C, D, z, initial_state, cu_seqlens)
     with torch.autocast(x.device.type, enabled=False):  # it would round states to its dtype
-        y, final_state = scan(x, dt, A, B, C, D, z, initial_state, cu_seqlens)
+        if backend == "reference":
+            y, final_state = selective_scan_reference(*inputs)
+        else:
+            y, final_state = op.selective_scan(*inputs, backend=backend)
     return y.to(x.dtype), final_state if output_final_state else None
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from lm_zoo.kernels.backends import choose
 from lm_zoo.kernels.checks import check_same, check_shape, check_tensor
-from lm_zoo.kernels.selective_scan.torch_passes import LOG2_E
+from lm_zoo.kernels.selective_scan.op import STEP, passes, why_not_triton
 
 
 @torch.no_grad()
@@ -37,16 +38,9 @@ def selective_scan_step(
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
     _check_arguments(x, dt, A, B, C, D, z, state)
-    dtype = state.dtype
-    xs, dts = x.to(dtype), dt.to(dtype)
-    state.mul_(((dts * LOG2_E).unsqueeze(2) * A.to(dtype)).exp2_())  # on a CPU more than twice as quick as exp
-    state.addcmul_((dts * xs).unsqueeze(2), B.to(dtype).unsqueeze(1))
-    y = (state * C.to(dtype).unsqueeze(1)).sum(dim=2)  # as a product, autocast would round the state
-    if D is not None:
-        y.addcmul_(xs, D.to(dtype))
-    if z is not None:
-        y.mul_(torch.nn.functional.silu(z.to(dtype)))
-    return y.to(x.dtype)
+    unsupported = "selective_scan_step writes states in float32" if state.dtype == torch.float64 else why_not_triton(A)
+    backend = choose("auto", x, ("auto", "triton", "torch"), unsupported=unsupported)
+    return passes(STEP, backend).selective_scan_step(x, dt, A, B, C, D, z, state)
 
 
 def _check_arguments(x, dt, A, B, C, D, z, state) -> None:

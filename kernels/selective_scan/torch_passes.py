@@ -1,4 +1,4 @@
-"""The passes over one segment in PyTorch, on any device; quick on a CPU. `segmented.py` composes them.
+"""The passes over one segment, and one token, in PyTorch, on any device; quick on a CPU. `segmented.py` composes them.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = (h_t C_t + D x_t) silu(z_t)
 
@@ -83,3 +83,17 @@ def _sum_states(states: Tensor, weights: Tensor) -> Tensor:
     """sum_n weights_n states_n: `[S, R, N, W]` with `[S, R, N]` to `[S, R, W]`."""
     products = torch.bmm(weights.flatten(0, 1).unsqueeze(1), states.flatten(0, 1))
     return products.view(*weights.shape[:2], -1)
+
+
+def selective_scan_step(x, dt, A, B, C, D, z, state) -> Tensor:
+    """One token, `[B, D]`; in the dtype of the state, which is updated in place."""
+    dtype = state.dtype
+    xs, dts = x.to(dtype), dt.to(dtype)
+    state.mul_(((dts * LOG2_E).unsqueeze(2) * A.to(dtype)).exp2_())  # on a CPU more than twice as quick as exp
+    state.addcmul_((dts * xs).unsqueeze(2), B.to(dtype).unsqueeze(1))
+    y = (state * C.to(dtype).unsqueeze(1)).sum(dim=2)  # as a product, autocast would round the state
+    if D is not None:
+        y.addcmul_(xs, D.to(dtype))
+    if z is not None:
+        y.mul_(F.silu(z.to(dtype)))
+    return y.to(x.dtype)

@@ -231,7 +231,7 @@ def test_compiles_without_a_graph_break(packed):
 def test_custom_op_is_registered_faithfully(without, dtype):
     inputs = cast(make_inputs(T=40, without=without), dtype)
     arguments = [None if x is None else x.requires_grad_() for x in inputs.values()]
-    torch.library.opcheck(torch.ops.lm_zoo.selective_scan, (*arguments, None, True))
+    torch.library.opcheck(torch.ops.lm_zoo.selective_scan, (*arguments, None, True, "torch"))
 
 
 def transformers_scan(x, dt, A, B, C, D, z):
