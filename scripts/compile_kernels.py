@@ -53,6 +53,7 @@ SHARED_MEMORY = {
     "cuda:100": 227,
     "hip:gfx942": 64,
 }  # kB a block may have
+PRODUCT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ")
 NO_SPILLS = ("cuda:80", "cuda:90")  # at heads of up to 128 channels
 
 
@@ -128,7 +129,7 @@ def draw(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
 
 def backward(outputs: tuple | torch.Tensor) -> None:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    sum(x.float().abs().sum() if x.is_complex() else x.float().sum() for x in outputs if x is not None).backward()
+    sum((x.abs() if x.is_complex() else x).float().sum() for x in outputs if x is not None).backward()
 
 
 def linear_attention_cases(size: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
@@ -283,11 +284,7 @@ def compile_cases(targets: list[str], sizes: list[int], dtype: torch.dtype, only
 
 def read(kernel, name: str, target: str, size: int) -> Report:
     """What the compiler made of one kernel."""
-    dots = [
-        line
-        for line in kernel.asm["ttgir"].splitlines()
-        if re.search(r"= (tt\.dot|\S*warp_group_dot|\S*mma\S*) ", line)
-    ]
+    dots = [line for line in kernel.asm["ttgir"].splitlines() if PRODUCT.search(line)]
     off = [line for line in dots if re.search(r"-> tensor<[^>]*#blocked", line)]
     report = Report(
         name, target, size, shared_bytes=kernel.metadata.shared, products=len(dots), off_matrix_units=len(off)
