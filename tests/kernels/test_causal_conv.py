@@ -97,10 +97,10 @@ def test_packed_without_state_starts_from_zero():
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("bounds", [None, [0, 1, 1, 5]])
+@pytest.mark.parametrize("bounds", [None, [0, 5], [0, 1, 1, 5]])
 def test_gradcheck(activation, bounds):
     x, weight, bias, _ = make(1, 5, channels=3, width=3)
-    state = make(1 if bounds is None else 3, 1, channels=3, width=3, seed=2)[3]
+    state = make(1 if bounds is None else len(bounds) - 1, 1, channels=3, width=3, seed=2)[3]
     cu = None if bounds is None else torch.tensor(bounds)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, state)]
 
