@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lm_zoo.causal_lm import IGNORE, CausalLM
 from lm_zoo.errors import UserError
-from lm_zoo.model import IGNORE, ZooForCausalLM
-from lm_zoo.modules.loss import linear_cross_entropy
 
 DEFAULT_CONTEXT = 2048
 TOKENS_PER_CALL = 8192  # windows are batched up to this many tokens
@@ -95,7 +94,7 @@ def sum_nats(model: PreTrainedModel, ids: Tensor, *, context: int, stride: int) 
         start = windows[-1][0] + stride
         windows.append((start, start - stride + context))
     # Full windows share calls; the last one is usually shorter and goes alone.
-    is_zoo = isinstance(model, ZooForCausalLM)
+    is_zoo = isinstance(model, CausalLM)
     batch = max(1, TOKENS_PER_CALL // context) if is_zoo else 1
     full, last = windows[:-1], windows[-1:]
     for group in [*(full[i : i + batch] for i in range(0, len(full), batch)), last]:
@@ -108,10 +107,10 @@ def sum_nats(model: PreTrainedModel, ids: Tensor, *, context: int, stride: int) 
     return total
 
 
-def _zoo_nats(model: ZooForCausalLM, rows: Tensor, labels: Tensor) -> float:
+def _zoo_nats(model: CausalLM, rows: Tensor, labels: Tensor) -> float:
     """The zoo's own loss, which never builds the logits of a whole window."""
-    hidden = model.model(rows)[:, :-1].flatten(0, 1)
-    losses = linear_cross_entropy(hidden, model.lm_head.weight, labels[:, 1:].flatten(), reduction="none")
+    hidden = model.hidden_states(rows)[:, :-1].flatten(0, 1)
+    losses = model.head_loss(hidden, labels[:, 1:].flatten(), reduction="none")
     return losses.double().sum().item()
 
 

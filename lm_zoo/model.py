@@ -4,20 +4,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers import initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lm_zoo.cache import ZooCache
+from lm_zoo.causal_lm import IGNORE, CausalLM, read_tokens
 from lm_zoo.config import ZooConfig
-from lm_zoo.kernels.checks import check_cu_seqlens
 from lm_zoo.layers import LayerState
 from lm_zoo.modules.loss import linear_cross_entropy
 from lm_zoo.modules.mlp import SwiGLU
 from lm_zoo.modules.norm import RMSNorm
-from lm_zoo.modules.padding import Padding
-
-IGNORE = -100  # the label of tokens that do not count
 
 
 class Block(GradientCheckpointingLayer):
@@ -64,56 +60,27 @@ class ZooModel(nn.Module):
         past_key_values: ZooCache | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Arguments as in `ZooForCausalLM.forward`; the cache, where one is given, takes in the tokens."""
-        x = self._embed(input_ids, inputs_embeds)
-        length = x.shape[1]
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
-        _check_cache(past_key_values, len(self.layers), x.shape[0], cu_seqlens)
-        self._check_checkpointing(past_key_values)
-        padding = None
-        if attention_mask is not None:
-            if cu_seqlens is not None:
-                raise ValueError("give attention_mask or cu_seqlens, not both: packed documents have no padding")
-            past = 0 if past_key_values is None else past_key_values.length
-            padding = Padding.find(attention_mask, x.shape[0], length, past)
-        if padding is not None:
-            x, cu_seqlens = padding.pack(x), padding.cu_seqlens
-        if x.shape[1] > 0:  # nothing but padding leaves the states as they are
-            states = [None] * len(self.layers) if past_key_values is None else past_key_values.states
-            for layer, state in zip(self.layers, states, strict=True):
-                x = layer(x, state, cu_seqlens)
-            x = self.norm(x)
-        if past_key_values is not None:
-            past_key_values.length += length
-        return x if padding is None else padding.unpack(x)
+        """Arguments as in `CausalLM.forward`; the cache, where one is given, takes in the tokens."""
+        return read_tokens(
+            self.embed_tokens,
+            self._run,
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cu_seqlens=cu_seqlens,
+            num_states=len(self.layers),
+            checkpointing=self.training and self.layers[0].gradient_checkpointing,
+        )
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        given, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
-        layout = "[B, T]" if inputs_embeds is None else "[B, T, D]"
-        if given.dim() != layout.count(",") + 1 or 0 in given.shape:
-            raise ValueError(f"{name} must be {layout} with at least one token, got {list(given.shape)}")
-        if inputs_embeds is not None:
-            return inputs_embeds
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError as error:  # only the CPU raises it; elsewhere looking at the ids would stall the device
-            raise ValueError(
-                f"input_ids must be in [0, vocab_size = {self.embed_tokens.num_embeddings}), got ids from "
-                f"{input_ids.min()} to {input_ids.max()}: is this the model's tokenizer?"
-            ) from error
-
-    def _check_checkpointing(self, cache: ZooCache | None) -> None:
-        if cache is not None and self.training and torch.is_grad_enabled() and self.layers[0].gradient_checkpointing:
-            raise ValueError(
-                "gradient checkpointing runs each block twice, which a cache does not survive: leave out "
-                "past_key_values and use_cache, or switch checkpointing off"
-            )
+    def _run(self, x: Tensor, cache: ZooCache | None, cu_seqlens: Tensor | None) -> Tensor:
+        states = [None] * len(self.layers) if cache is None else cache.states
+        for layer, state in zip(self.layers, states, strict=True):
+            x = layer(x, state, cu_seqlens)
+        return self.norm(x)
 
 
-class ZooForCausalLM(PreTrainedModel, GenerationMixin):
+class ZooForCausalLM(CausalLM):
     """A causal language model with any pattern of mixers.
 
         model = ZooForCausalLM(ZooConfig.preset("gla-tiny"))
@@ -121,16 +88,13 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         model.generate(input_ids, max_new_tokens=20)
         model.save_pretrained(folder); AutoModelForCausalLM.from_pretrained(folder)     # after `import lm_zoo`
 
-    `generate` takes all that transformers offers, but for assisted generation and caches other than `ZooCache`.
+    The arguments of a call are those of `CausalLM.forward`.
     """
 
     config_class = ZooConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values",)
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _is_stateful = True  # the cache cannot go back, so assisted generation is refused
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
@@ -148,129 +112,22 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
 
     def init_cache(self, batch_size: int) -> ZooCache:
-        """An empty cache for `batch_size` texts."""
-        device, dtype = self.device, self.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        return ZooCache([layer.mixer.init_state(batch_size, device=device, dtype=dtype) for layer in self.model.layers])
+        place = {"device": self.device, "dtype": self._cache_dtype}
+        return ZooCache([layer.mixer.init_state(batch_size, **place) for layer in self.model.layers])
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        past_key_values: ZooCache | None = None,
-        use_cache: bool | None = None,
-        cu_seqlens: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast | tuple:
-        """Logits of the next token, or the loss.
-
-        Args:
-            input_ids: `[B, T]`.
-            attention_mask: `[B, T]`, 1 at tokens and 0 at padding, which may be anywhere: it changes neither states nor
-                other tokens' outputs, and its own hidden states are 0. `[B, past + T]` is cut to its last T columns.
-            inputs_embeds: `[B, T, D]`, in place of `input_ids`.
-            labels: `[B, T]`, the input itself for language modelling: each token is scored against the next one's
-                label; -100 does not count, nor do padding and the first token of a document. The loss is the mean over
-                the tokens that count. It is computed in chunks, and `logits` is then `None`.
-            past_key_values: a cache of `init_cache`, which the tokens continue and go into.
-            use_cache: whether to make a cache where none is given.
-            cu_seqlens: `[N + 1]`, borders of N documents packed along time; B = 1, and a cache has N rows.
-            logits_to_keep: logits of the last so many tokens only, or of these positions; 0 is all.
-            return_dict: whether to return an object (default) or a tuple.
-        """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None and given is not None:
-            past_key_values = self.init_cache(given.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
-        hidden = self.model(
+    def hidden_states(
+        self, input_ids=None, attention_mask=None, *, inputs_embeds=None, past_key_values=None, cu_seqlens=None
+    ) -> Tensor:
+        return self.model(
             input_ids,
             attention_mask,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             cu_seqlens=cu_seqlens,
         )
-        loss = logits = None
-        if labels is None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
-        else:
-            mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
-            targets = next_labels(labels, hidden.shape[:2], mask, cu_seqlens)
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-        return output.to_tuple() if return_dict is False else output
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        *,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        if past_key_values is not None and not is_first_iteration:
-            attention_mask = None  # the padding is in the prompt, which the cache holds
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
-        """A `ZooCache` with a row for every beam or returned sequence, in place of transformers' own caches."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation must be None, got {generation_config.cache_implementation!r}: "
-                f"{type(self).__name__} keeps its own ZooCache"
-            )
-        if generation_config.use_cache is False:
-            return
-        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
-            cache = self.init_cache(batch_size * copies)
-        else:
-            if copies > 1 and cache.batch_size == batch_size:
-                cache = cache.fork(copies)
-            cache._is_user_defined = True  # as transformers marks a cache that outlives generate()
-        model_kwargs["past_key_values"] = cache
-
-
-def next_labels(
-    labels: Tensor, shape: torch.Size, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """For every token the label of the next one in its document, `[B, T]`; -100 at the last, and at padding."""
-    if labels.shape != shape:
-        raise ValueError(f"labels must be [B, T] = {list(shape)}, got {list(labels.shape)}")
-    padding = None if attention_mask is None else Padding.find(attention_mask, *shape)
-    if padding is not None:
-        labels, cu_seqlens = padding.pack(labels), padding.cu_seqlens
-    targets = torch.full_like(labels, IGNORE)
-    targets[:, :-1] = labels[:, 1:]
-    if cu_seqlens is not None and targets.numel():
-        last = cu_seqlens[1:].long() - 1  # -1 for an empty first document: the very last token, which has no next one
-        targets[:, last] = IGNORE
-    return targets if padding is None else padding.unpack(targets, IGNORE)
-
-
-def _check_cache(cache: ZooCache | None, layers: int, batch: int, cu_seqlens: Tensor | None) -> None:
-    if cache is None:
-        return
-    if not isinstance(cache, ZooCache):
-        raise TypeError(f"past_key_values must be a ZooCache (see model.init_cache), got {type(cache).__name__}")
-    if len(cache) != layers:
-        raise ValueError(f"past_key_values has {len(cache)} layers, but the model has {layers}")
-    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    if cache.batch_size != rows:
-        raise ValueError(f"past_key_values has {cache.batch_size} rows, but the input has {rows}")
+    def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=IGNORE, reduction=reduction)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from compare import assert_close
 
 from lm_zoo import MIXERS, ZooCache, ZooForCausalLM
-from lm_zoo.model import next_labels
+from lm_zoo.causal_lm import next_labels
 
 # Rows of 9 columns with padding on the left, on the right, in the middle, everywhere, and nowhere.
 MASK = torch.tensor(
