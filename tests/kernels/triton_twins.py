@@ -49,59 +49,75 @@ def chunk_numbers(cu_seqlens: Tensor | None, B: int, T: int) -> Tensor:
     return torch.cat(numbers).view(B, T, 1).double().to(DEVICE)
 
 
+def make_inputs(
+    decay: str,
+    delta: bool,
+    *,
+    T: int,
+    B: int = 1,
+    H: int = 1,
+    HV: int = 2,
+    K: int = 16,
+    V: int = 24,
+    lowest: float = -1.0,
+    resets: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """Arguments of `linear_attention` in float64, exact in `dtype`, the decays and the states in float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator).to(DEVICE)
+
+    rows = B if cu_seqlens is None else len(cu_seqlens) - 1
+    gates = {"none": None, "constant": (HV,), "scalar": (B, T, HV), "channel": (B, T, HV, K)}[decay]
+    log_decay = None if gates is None else lowest * uniform(*gates)
+    if log_decay is not None and resets:
+        log_decay[uniform(*gates) < resets] = -torch.inf
+    inputs = {
+        "q": draw(B, T, H, K).to(dtype),
+        "k": torch.nn.functional.normalize(draw(B, T, H, K), dim=-1).to(dtype),
+        "v": draw(B, T, HV, V).to(dtype),
+        "log_decay": log_decay,
+        "beta": 2 * uniform(B, T, HV).to(dtype) if delta else None,
+        "initial_state": draw(rows, HV, K, V),
+    }
+    return {name: None if x is None else x.double() for name, x in inputs.items()}
+
+
 class Twins:
-    """One call of the op, as both sets of passes see it: `values` holds the inputs, then what was computed of them."""
+    """One call of the op, as both sets of passes see it: `values` holds the inputs, then what was computed of them.
+
+    The options are those of `make_inputs`.
+    """
 
     def __init__(
         self,
         decay: str,
         delta: bool,
         *,
-        T: int,
-        B: int = 1,
-        H: int = 1,
-        HV: int = 2,
-        K: int = 16,
-        V: int = 24,
-        lowest: float = -1.0,
-        resets: float = 0.0,
         cu_seqlens: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
-        seed: int = 0,
+        **options,
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape):
-            return torch.randn(*shape, generator=generator).double().to(DEVICE)
-
-        def uniform(*shape):
-            return torch.rand(*shape, generator=generator).double().to(DEVICE)
-
-        rows = B if cu_seqlens is None else len(cu_seqlens) - 1
-        gates = {"none": None, "scalar": (B, T, HV), "channel": (B, T, HV, K)}[decay]
-        log_decay = None if gates is None else lowest * uniform(*gates)
-        if log_decay is not None and resets:
-            log_decay[uniform(*gates) < resets] = -torch.inf
-        self.dtype, self.heads, self.delta, self.decay = dtype, HV, delta, decay
-        self.values = {
-            "q": draw(B, T, H, K),
-            "k": torch.nn.functional.normalize(draw(B, T, H, K), dim=-1),
-            "v": draw(B, T, HV, V),
-            "beta": 2 * uniform(B, T, HV) if delta else None,
-            "state": draw(rows, HV, K, V),
-            "do": draw(B, T, HV, V),
-            "dstate": draw(rows, HV, K, V),
-            "log_decay": log_decay,
-            "G": None,
-            "w": None,
-            "A_kk": None,
-            "dA_kk": None,
+        self.values = make_inputs(decay, delta, cu_seqlens=cu_seqlens, dtype=dtype, **options)
+        q, v, state, log_decay = (self.values[name] for name in ("q", "v", "initial_state", "log_decay"))
+        B, T, self.heads = v.shape[:3]
+        self.dtype, self.delta, self.decay = dtype, delta, decay
+        generator = torch.Generator().manual_seed(1)
+        self.values |= {
+            "state": state,
+            "do": torch.randn(v.shape, generator=generator).to(q),
+            "dstate": torch.randn(state.shape, generator=generator).to(q),
+            "u": v,  # what the additive update writes
+            **dict.fromkeys(("w", "G", "A_kk", "dA_kk")),
         }
         self.options = {"scale": 0.3, "delta": delta}
-        for name in ("q", "k", "v", "do"):
-            self.values[name] = self.rounded(name)
-        self.values["u"] = self.values["v"]  # what the additive update writes
-        q, v = self.values["q"], self.values["v"]
         self.segment = triton_passes.cut(q.to(dtype), v.to(dtype), cu_seqlens)
         self.chunks = torch_passes.cut(q, v, cu_seqlens)
         (self.torch_segment,) = self.chunks.segments

@@ -61,6 +61,7 @@ def chunk_output_kernel(
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     shared_head = head // (HV // H)
     states += (m * HV + head) * K * V
+    keys = tl.where(start < end, K, 0)  # no state enters an empty chunk
 
     from_state = tl.zeros([C, BLOCK_V], dtype=tl.float32)
     if A_qk is None:
@@ -72,9 +73,8 @@ def chunk_output_kernel(
             A = dot(x, load_channels(k, token, end, shared_head, H, row, K), A)
         else:
             x = (x.to(tl.float32) * tl.exp(load_tokens(G, token, end, head, HV, row, K))).to(x.dtype)
-        S = tl.load(
-            states + row[:, None] * V + column[None, :], mask=(row < K)[:, None] & (column < V)[None, :], other=0.0
-        )
+        exists = (row < keys)[:, None] & (column < V)[None, :]
+        S = tl.load(states + row[:, None] * V + column[None, :], mask=exists, other=0.0)
         from_state = dot(x, S, from_state)
 
     v = load_tokens(v_new, token, end, head, HV, column, V)
@@ -83,7 +83,7 @@ def chunk_output_kernel(
         if G is not None:
             g = load_gates(G, token, end, head, HV)
             from_state *= tl.exp(g)[:, None]
-            A *= tl.exp(tl.where(causal, g[:, None] - g[None, :], 0.0))  # a difference above 0 could overflow
+            A *= tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))  # above 0 in what is masked below, or past `end`
         A = tl.where(causal, A, 0.0).to(v.dtype)
         out = dot(A, v, from_state) * scale
     else:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_zoo.kernels.linear_attention.triton_passes.channel_scores import channel_scores
 from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch, launch
 from lm_zoo.kernels.linear_attention.triton_passes.segment import C, Segment, chunk_tokens
 from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
@@ -29,11 +30,8 @@ def saved_dtypes(q: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> li
 def chunk_scores(
     q: Tensor, k: Tensor, G: Tensor | None, scale: float, segment: Segment, *, delta: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A_qk for a decay per channel, else `None`: then `chunk_output` forms it. A_kk if `delta`; in float32 unless it is
-    per channel, as nobody keeps it."""
+    """A_qk for a decay per channel, else `None`: then `chunk_output` forms it. A_kk if `delta`, in float32."""
     if G is not None and G.dim() == 4:
-        from lm_zoo.kernels.linear_attention.triton_passes.channel_scores import channel_scores
-
         return channel_scores(q, k, G, scale, segment, delta=delta)
     if not delta:
         return None, None
@@ -64,5 +62,5 @@ def key_scores_kernel(k, G, A_kk, bounds, T, H, HV, K: tl.constexpr, BLOCK_K: tl
     later = i[:, None] > i[None, :]
     if G is not None:
         g = load_gates(G, token, end, head, HV)
-        A *= tl.exp(tl.where(later, g[:, None] - g[None, :], 0.0))  # a difference above 0 could overflow
+        A *= tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))  # above 0 in what is masked below, or past `end`
     store_tokens(A_kk, tl.where(later, A, 0.0), token, end, head, HV, i, C)
