@@ -21,6 +21,8 @@ __all__ = [
     "LightNet",
     "LightningAttention",
     "LinearAttention",
+    "LinearizedConfig",
+    "LinearizedForCausalLM",
     "Mamba",
     "Mamba2",
     "Mixer",
@@ -57,10 +59,13 @@ if importlib.util.find_spec("transformers") is not None:
         MultiScaleRetention,
         SoftmaxAttention,
     )
+    from lm_zoo.linearized import LinearizedConfig, LinearizedForCausalLM
     from lm_zoo.model import ZooForCausalLM, ZooModel
 
     AutoConfig.register(ZooConfig.model_type, ZooConfig, exist_ok=True)
+    AutoConfig.register(LinearizedConfig.model_type, LinearizedConfig, exist_ok=True)
     AutoModelForCausalLM.register(ZooConfig, ZooForCausalLM, exist_ok=True)
+    AutoModelForCausalLM.register(LinearizedConfig, LinearizedForCausalLM, exist_ok=True)
 else:
 
     def __getattr__(name: str):

@@ -8,7 +8,7 @@ which the supported families pass down to their attention.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from lm_zoo.layers.kv_state import softmax_attention
 from lm_zoo.linearized.inner import Context, InnerMixer
@@ -79,9 +79,6 @@ def softmax(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: Context
     return o.transpose(1, 2)
 
 
-def no_mask(*args, **kwargs) -> None:
-    """transformers' mask function: no mask is needed, see `attention`."""
-
-
+# Not with AttentionMaskInterface: for a name that is not in there transformers builds no mask at all, where else it
+# would first compare all positions to find packed texts.
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, no_mask)
