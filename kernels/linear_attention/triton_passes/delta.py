@@ -59,8 +59,8 @@ def delta_transform_kernel(A_kk, beta, transform, bounds, T, HA, HV, PRECISION: 
     of L would have to cancel.
     """
     head = tl.program_id(1)
-    start, end = chunk_tokens(tl.cast(tl.program_id(0), tl.int64), bounds, T)
-    length = tl.cast(end - start, tl.int32)
+    start, end = chunk_tokens(tl.program_id(0), bounds, T)
+    length = (end - start).to(tl.int32)
     A_kk += (start * HA + head // (HV // HA)) * C
     beta += start * HV + head
     transform += (start * HV + head) * C
@@ -140,22 +140,26 @@ def delta_apply_kernel(
     beta, and a decay per token, multiply the columns of T: those products are formed once for all channels.
     """
     head = tl.program_id(1)
-    start, end = chunk_tokens(tl.cast(tl.program_id(0), tl.int64), bounds, T)
+    start, end = chunk_tokens(tl.program_id(0), bounds, T)
+    length = (end - start).to(tl.int32)
     i = tl.arange(0, C)
-    token = start + i
-    weighted = load_tokens(transform, token, end, head, HV, i, C).to(tl.float32)
-    weighted *= load_gates(beta, token, end, head, HV)[None, :]
+    k, w = k + start * H * K, w + start * HV * K
+    v, u = v + start * HV * V, u + start * HV * V
+    weighted = load_tokens(transform + start * HV * C, i, length, head, HV, i, C).to(tl.float32)
+    weighted *= load_gates(beta + start * HV, i, length, head, HV)[None, :]
     for_values = weighted.to(v.dtype.element_ty)
     for first in range(0, V, BLOCK_V):
         channel = first + tl.arange(0, BLOCK_V)
-        x = load_tokens(v, token, end, head, HV, channel, V)
-        store_tokens(u, dot(for_values, x), token, end, head, HV, channel, V)
+        x = load_tokens(v, i, length, head, HV, channel, V)
+        store_tokens(u, dot(for_values, x), i, length, head, HV, channel, V)
     if G is not None and not PER_CHANNEL:
-        weighted *= tl.exp(load_gates(G, token, end, head, HV))[None, :]
+        weighted *= tl.exp(load_gates(G + start * HV, i, length, head, HV))[None, :]
     for_keys = weighted.to(k.dtype.element_ty)
     for first in range(0, K, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
-        x = load_tokens(k, token, end, head // (HV // H), H, channel, K)
+        x = load_tokens(k, i, length, head // (HV // H), H, channel, K)
         if PER_CHANNEL:
-            x = (x.to(tl.float32) * tl.exp(load_tokens(G, token, end, head, HV, channel, K))).to(x.dtype)
-        store_tokens(w, dot(for_keys, x), token, end, head, HV, channel, K)
+            x = (x.to(tl.float32) * tl.exp(load_tokens(G + start * HV * K, i, length, head, HV, channel, K))).to(
+                x.dtype
+            )
+        store_tokens(w, dot(for_keys, x), i, length, head, HV, channel, K)

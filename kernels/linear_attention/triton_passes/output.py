@@ -56,37 +56,39 @@ def chunk_output_kernel(
     """
     m, head = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1)
     start, end = chunk_tokens(m, bounds, T)
+    length = (end - start).to(tl.int32)
     i = tl.arange(0, C)
-    token = start + i
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     shared_head = head // (HV // H)
+    q, k = q + start * H * K, k + start * H * K
+    v_new, o = v_new + start * HV * V, o + start * HV * V
     states += (m * HV + head) * K * V
-    keys = tl.where(start < end, K, 0)  # no state enters an empty chunk
+    keys = tl.where(length > 0, K, 0)  # no state enters an empty chunk
 
     from_state = tl.zeros([C, BLOCK_V], dtype=tl.float32)
     if A_qk is None:
         A = tl.zeros([C, C], dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         row = first + tl.arange(0, BLOCK_K)
-        x = load_tokens(q, token, end, shared_head, H, row, K)
+        x = load_tokens(q, i, length, shared_head, H, row, K)
         if A_qk is None:
-            A = dot(x, load_channels(k, token, end, shared_head, H, row, K), A)
+            A = dot(x, load_channels(k, i, length, shared_head, H, row, K), A)
         else:
-            x = (x.to(tl.float32) * tl.exp(load_tokens(G, token, end, head, HV, row, K))).to(x.dtype)
+            x = (x.to(tl.float32) * tl.exp(load_tokens(G + start * HV * K, i, length, head, HV, row, K))).to(x.dtype)
         exists = (row < keys)[:, None] & (column < V)[None, :]
         S = tl.load(states + row[:, None] * V + column[None, :], mask=exists, other=0.0)
         from_state = dot(x, S, from_state)
 
-    v = load_tokens(v_new, token, end, head, HV, column, V)
+    v = load_tokens(v_new, i, length, head, HV, column, V)
     if A_qk is None:
         causal = i[:, None] >= i[None, :]
         if G is not None:
-            g = load_gates(G, token, end, head, HV)
+            g = load_gates(G + start * HV, i, length, head, HV)
             from_state *= tl.exp(g)[:, None]
             A *= tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))  # above 0 in what is masked below, or past `end`
         A = tl.where(causal, A, 0.0).to(v.dtype)
         out = dot(A, v, from_state) * scale
     else:
-        A = load_tokens(A_qk, token, end, head, HV, i, C)
+        A = load_tokens(A_qk + start * HV * C, i, length, head, HV, i, C)
         out = dot(A, v, from_state * scale)
-    store_tokens(o, out, token, end, head, HV, column, V)
+    store_tokens(o, out, i, length, head, HV, column, V)

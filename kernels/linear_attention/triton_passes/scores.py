@@ -50,17 +50,18 @@ def chunk_scores(
 def key_scores_kernel(k, G, A_kk, bounds, T, H, HV, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A_kk[i,j] = k_i^T k_j e^{G_i - G_j} for i > j, of one chunk and one value head per program."""
     head = tl.program_id(1)
-    start, end = chunk_tokens(tl.cast(tl.program_id(0), tl.int64), bounds, T)
+    start, end = chunk_tokens(tl.program_id(0), bounds, T)
+    length = (end - start).to(tl.int32)
     i = tl.arange(0, C)
-    token = start + i
+    k += start * H * K
     shared_head = head // (HV // H)
     A = tl.zeros([C, C], dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
-        rows = load_tokens(k, token, end, shared_head, H, channel, K)
-        A = dot(rows, load_channels(k, token, end, shared_head, H, channel, K), A)
+        rows = load_tokens(k, i, length, shared_head, H, channel, K)
+        A = dot(rows, load_channels(k, i, length, shared_head, H, channel, K), A)
     later = i[:, None] > i[None, :]
     if G is not None:
-        g = load_gates(G, token, end, head, HV)
+        g = load_gates(G + start * HV, i, length, head, HV)
         A *= tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))  # above 0 in what is masked below, or past `end`
-    store_tokens(A_kk, tl.where(later, A, 0.0), token, end, head, HV, i, C)
+    store_tokens(A_kk + start * HV * C, tl.where(later, A, 0.0), i, length, head, HV, i, C)
