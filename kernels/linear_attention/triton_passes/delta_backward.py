@@ -17,8 +17,8 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 )
 
 # Launch.block: channels of K and of V in a tile.
-TABLE["delta_transform_backward_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
-TABLE["delta_transform_backward_kernel", "small"] = {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)}
+TABLE["delta_transform_backward_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 2)}
+TABLE["delta_transform_backward_kernel", "small"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 2)}
 
 
 def delta_transform_backward(

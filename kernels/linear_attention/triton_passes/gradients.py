@@ -17,8 +17,8 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 )
 
 # Launch.block: channels of K and of V in a tile.
-TABLE["chunk_gradients_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
-TABLE["chunk_gradients_kernel", "small"] = {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)}
+TABLE["chunk_gradients_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 2)}
+TABLE["chunk_gradients_kernel", "small"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 2)}
 
 
 def chunk_gradients(

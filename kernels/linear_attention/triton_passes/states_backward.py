@@ -17,7 +17,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 )
 
 # Launch.block: columns of the state that a program carries, with all their K rows.
-TABLE["chunk_states_backward_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 2)}
+TABLE["chunk_states_backward_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 1)}
 TABLE["chunk_states_backward_kernel", "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
 
 
@@ -80,7 +80,7 @@ def chunk_states_backward_kernel(
         leaving = dS.to(q.dtype.element_ty)
         tl.store(dstates + tl.cast(m, tl.int64) * HV * K * V, leaving, mask=mask)
         keys = load_tokens(k + token * H * K, i, length, shared_head, H, row, K)
-        queries = load_channels(q + token * H * K, i, length, shared_head, H, row, K)
+        queries = load_tokens(q + token * H * K, i, length, shared_head, H, row, K)
         outputs = load_tokens(do + token * HV * V, i, length, head, HV, column, V)
         du = load_tokens(dv_new + token * HV * V, i, length, head, HV, column, V).to(tl.float32)
 
@@ -88,10 +88,10 @@ def chunk_states_backward_kernel(
         if PER_CHANNEL:
             gates = G + token * HV * K
             G_end = tl.load(gates + ((length - 1) * HV + head) * K + row, mask=row < K, other=0.0)
-            to_end = G_end[None, :] - load_tokens(gates, i, length, head, HV, row, K)
-            du = dot((keys.to(tl.float32) * tl.exp(to_end)).to(keys.dtype), leaving, du)
-            from_start = load_channels(gates, i, length, head, HV, row, K)
-            queries = (queries.to(tl.float32) * (tl.exp(from_start) * scale)).to(keys.dtype)
+            g = load_tokens(gates, i, length, head, HV, row, K)
+            keys = (keys.to(tl.float32) * tl.exp(G_end[None, :] - g)).to(q.dtype.element_ty)
+            du = dot(keys, leaving, du)
+            queries = (queries.to(tl.float32) * (tl.exp(g) * scale)).to(keys.dtype)
             dS *= tl.exp(G_end)[:, None]
         elif G is not None:
             gates = G + token * HV
@@ -103,7 +103,7 @@ def chunk_states_backward_kernel(
         else:
             du = dot(keys, leaving, du)
             outputs = (outputs.to(tl.float32) * scale).to(keys.dtype)
-        dS = dot(queries, outputs, dS)
+        dS = dot(tl.trans(queries), outputs, dS)
 
         du = du.to(keys.dtype)
         store_tokens(dv_new + token * HV * V, du, i, length, head, HV, column, V)
