@@ -54,6 +54,11 @@ def check_input(x: Tensor, hidden_size: int, state: LayerState | None, cu_seqlen
         raise ValueError(f"x must be [B, T, D] with D = hidden_size = {hidden_size}, got {list(x.shape)}")
     if x.shape[1] == 0:
         raise ValueError("x must have at least one token, got T = 0")
+    check_texts(x, state, cu_seqlens)
+
+
+def check_texts(x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> None:
+    """Whether the borders of packed texts fit `[B, T, ...]`, and a state has one row per text."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
     if state is not None:

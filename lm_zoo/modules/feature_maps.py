@@ -98,6 +98,14 @@ class Hedgehog(FeatureMap):
         return torch.cat([y, -y], dim=-1).softmax(dim=-1)
 
 
+class HalvedHedgehog(Hedgehog):
+    """phi(x) = [softmax(W x), softmax(-W x)]: a softmax over each half, as LoLCATs (arXiv 2410.10254) has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _per_head(self.weight, x)
+        return torch.cat([y.softmax(dim=-1), (-y).softmax(dim=-1)], dim=-1)
+
+
 class T2R(FeatureMap):
     """phi(x) = max(W x + b, 0) with W `[K, K]` and b learned per head (Kasai et al. 2021, arXiv 2103.13076)."""
 
