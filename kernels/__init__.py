@@ -8,14 +8,17 @@ else:
     from lm_zoo.kernels.causal_conv import causal_conv1d
     from lm_zoo.kernels.linear_attention import linear_attention, linear_attention_step
     from lm_zoo.kernels.linear_scan import linear_scan, linear_scan_step
+    from lm_zoo.kernels.norms import l2_norm, rms_norm
     from lm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
     "causal_conv1d",
+    "l2_norm",
     "linear_attention",
     "linear_attention_step",
     "linear_scan",
     "linear_scan_step",
+    "rms_norm",
     "selective_scan",
     "selective_scan_step",
 ]

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from lm_zoo.kernels import l2_norm
 from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size
 from lm_zoo.layers.deltanet import write_strength
 from lm_zoo.modules.decay import SoftplusDecay
-from lm_zoo.modules.norm import RMSNorm, l2_norm
+from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
 
 

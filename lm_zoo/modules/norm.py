@@ -1,8 +1,9 @@
-"""Root-mean-square norm over the last dimension, plain or followed by a gate; and the plain length."""
+"""Root-mean-square norm over the last dimension, plain or followed by a gate."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lm_zoo.kernels import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -23,17 +24,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(x.to(dtype), (self.size,), self.weight.to(dtype), self.eps)
-        if gate is not None:
-            y = y * F.silu(gate.to(dtype))
-        return y.to(x.dtype)
+        return rms_norm(x, self.weight, gate, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.eps}"
-
-
-def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum x^2 + eps) over the last dimension: unit length, but zero stays zero. In float32 at least."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (y * torch.rsqrt(y.square().sum(dim=-1, keepdim=True) + eps)).to(x.dtype)
