@@ -203,8 +203,8 @@ def test_a_sequence_does_not_depend_on_what_it_is_packed_with():
 
 
 def test_rounding_of_pairs_cancels_in_the_gradient_of_the_decay():
-    """Of a decay before which the chunk holds one token, only pairs with it make the gradient. What all the other pairs
-    add to dG and take from it has to cancel, though the products are in float16."""
-    call = Call("fast", False, torch.float16, T=64, K=64)
+    """What a pair adds to dG at one token and takes at the other must be the same number, though the products are in
+    float16: else the rounding of all pairs of the chunk adds up in the first decays, whose gradients have few terms."""
+    call = Call("fast", True, torch.float16, T=64, HV=1, K=32)
     early = [call.decay_gradient(dG)[1:4] for dG in (call.triton_gradients()[2], call.plain_gradients()[2])]
-    assert_close(*early, 1e-3, "gradient of the first log decays")
+    assert_close(*early, 6e-4, "gradient of the first log decays")
