@@ -11,8 +11,8 @@ lanes, so that a scan over it exchanges nothing. All exponents are <= 0.
 The backward pass needs nothing but the inputs. It does 1 and 2 again, and for the gradients of the states the other
 way, over chunks of one tile; then one kernel does the rest (`triton_backward.py`). Within a call it holds three buffers
 of N / TILE float32 numbers per token and channel: the states after the chunks, the gradients of those before them, and
-the products of decays, whose place the chunks' shares of dA take. The shares of dB and dC, which are sums over channels,
-take another 2 N / GROUP numbers per token and channel.
+the products of decays, whose place the chunks' shares of dA take. dB and dC are sums over channels, and the shares of
+the groups of channels take another 2 N / GROUP numbers per token and channel.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,8 @@ CHUNK = 128  # tokens, going forward
 FORWARD = Tile(16, 256, 4)
 # By the largest N, rounded up to a power of two: what fits without spills on compute capability 8.0 and 9.0. The tokens
 # are a chunk, too.
-BACKWARD = {32: Tile(16, 128, 4), 256: Tile(8, 256, 8)}
+BACKWARD = {16: Tile(16, 128, 4), 256: Tile(8, 256, 8)}
+MAX_CHANNELS = 32  # of a program, where N is small
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -85,7 +86,7 @@ def transpose_states(states: Tensor | None) -> Tensor | None:
 
 def options(A: Tensor, tile: Tile) -> dict:
     states = triton.next_power_of_2(A.shape[1])
-    block = max(1, tile.states // states)
+    block = max(1, min(MAX_CHANNELS, tile.states // states))
     return {"TILE": tile.tokens, "STATES": states, "BLOCK": block, "num_warps": tile.warps}
 
 

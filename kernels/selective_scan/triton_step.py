@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lm_zoo.kernels.selective_scan.triton_scan import LOG2_E, plain
 
-STATES = 2048  # of a program
+STATES = 1024  # of a program
 
 
 def selective_scan_step(
