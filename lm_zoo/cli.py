@@ -1,4 +1,4 @@
-"""The command `lm-zoo`: train, evaluate, generate, list.
+"""The command `lm-zoo`: train, linearize, evaluate, generate, list.
 
 Exit codes: 0 for success, 2 for bad input (one line on stderr, nothing written), 130 after Ctrl-C. Each subcommand
 imports what it needs when it runs.
@@ -21,6 +21,11 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == ["train"]:  # its options are LightningCLI's own
             from lm_zoo.train.cli import run
 
+            run(argv[1:])
+        elif argv[:1] == ["linearize"]:  # its options are in train/linearize, which takes seconds to import
+            from lm_zoo.train.linearize.cli import run
+
+            _quiet_transformers()
             run(argv[1:])
         else:
             arguments = build_parser().parse_args(argv)
@@ -46,11 +51,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="lm-zoo", description="Linear-attention language models: train, evaluate, generate.")
+    parser = Parser(
+        prog="lm-zoo", description="Linear-attention language models: train, linearize, evaluate, generate."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser(
         "train", add_help=False, help="train a model from a YAML recipe: --config FILE [--any.option value]"
     )
+
+    commands.add_parser("linearize", add_help=False, help="turn a pretrained transformer into a linear-attention model")
 
     evaluate = commands.add_parser("eval", help="measure a model")
     measures = evaluate.add_subparsers(required=True, metavar="MEASURE")

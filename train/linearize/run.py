@@ -1,0 +1,315 @@
+"""A linearization from end to end: teacher, transfer, recovery, controls, folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lm_zoo.errors import UserError
+from lm_zoo.files import whole_folder
+from lm_zoo.linearized import LinearizedForCausalLM
+from lm_zoo.linearized.interface import softmax
+from lm_zoo.train.checkpoints import Interrupted
+from lm_zoo.train.linearize import controls, transfer
+from lm_zoo.train.linearize.data import LinearizeData, TextOptions, check_tokenizer
+from lm_zoo.train.linearize.loop import StageLoop
+from lm_zoo.train.linearize.recover import Recovery
+from lm_zoo.train.linearize.report import write_report
+from lm_zoo.train.linearize.sampling import SELF, sample_texts
+from lm_zoo.train.linearize.spec import LinearizeSpec
+from lm_zoo.train.linearize.teacher import load_teacher, positions
+from lm_zoo.train.linearize.work import Signals, WorkFolder, check_output
+from lm_zoo.train.quiet import quiet_libraries
+
+Data = str | Path | list | tuple | TextOptions
+
+
+def linearize(
+    teacher: str | Path | PreTrainedModel,
+    spec: str | Path | LinearizeSpec = "lolcats",
+    *,
+    data: Data,
+    output: str | Path,
+    overrides: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt: str | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float | None = None,
+    log: Callable[[str], None] | None = None,
+) -> tuple[LinearizedForCausalLM, dict[str, Any]]:
+    """Turns a transformer into a linear-attention model, saved in the folder `output`; returns it and the report.
+
+        model, report = linearize("path/of/a/llama", "lolcats", data="my.txt", output="out")
+
+    Args:
+        teacher: a folder, a name on the Hugging Face hub, or the model itself, whose weights become the student's.
+        spec: a preset, a YAML file, or a `LinearizeSpec`.
+        data: text files, or `TextOptions` for all other sources; "self" samples the teacher.
+        output: the folder to write, which must not exist.
+        overrides: of the spec's values, by dotted names.
+        tokenizer: the teacher's, where `teacher` is a model.
+        prompt: for the report, to be continued by both; by default the beginning of a held-out text.
+        resume: go on with the run for `output` that was interrupted, with the same result as if it had not been.
+        checkpoint_seconds: time between checkpoints.
+        log: gets a line now and then; by default they go to stderr.
+
+    Raises:
+        UserError: bad input, or a loss that is not finite. Nothing is written then.
+        Interrupted: after Ctrl-C or SIGTERM, when a checkpoint was saved.
+    """
+    spec = spec if isinstance(spec, LinearizeSpec) else LinearizeSpec.load(spec)
+    spec = spec.override(overrides or {})
+    output = Path(output)
+    check_output(output, resume)
+    with quiet_libraries():
+        run = Run(teacher, spec, data, output, tokenizer, prompt, log or _to_stderr)
+        return run.run(resume, checkpoint_seconds)
+
+
+class Run:
+    """The parts of a run, and how far it has come."""
+
+    def __init__(self, teacher, spec, data, output, tokenizer, prompt, log) -> None:
+        self.output, self.log, self.prompt = output, log, prompt
+        self.name = str(getattr(teacher, "name_or_path", teacher))
+        self.teacher, self.tokenizer = load_teacher(teacher, tokenizer)
+        check_tokenizer(self.tokenizer)
+        self.spec = fitting(spec, self.teacher)
+        self.student = LinearizedForCausalLM.from_teacher(
+            self.teacher, self.spec.mixer, dict(self.spec.options), list(self.spec.keep_layers)
+        ).eval()
+        self.device = self.student.device
+        if self.spec.transfer is not None:
+            transfer.check_trainable(self.student)
+        self.options = data if isinstance(data, TextOptions) else TextOptions(files=_as_files(data))
+        self.data: LinearizeData | None = None
+        self.measured: dict[str, Any] = {"stages": {}}  # what the report will say
+        self.loop: StageLoop | None = None
+        self.stage: str | None = None
+        self.signals = Signals()
+
+    def run(self, resume: bool, checkpoint_seconds: float | None) -> tuple[LinearizedForCausalLM, dict[str, Any]]:
+        samples_itself = self.options.files == (SELF,)
+        if not samples_itself:
+            self._load_data(self.options)  # bad text is told before anything is written
+        self.work = WorkFolder(self.output, self._identity(), resume=resume, every_seconds=checkpoint_seconds)
+        state = self.work.load() if resume else None
+        try:
+            with self.signals.listening():
+                if samples_itself:
+                    texts = self.work.path / "self.jsonl"
+                    sample_texts(self.teacher, self.tokenizer, texts, self._tokens_wanted(), self.spec, self.log)
+                    cache = self.work.path / "cache"
+                    self._load_data(dataclasses.replace(self.options, files=(str(texts),), cache_dir=cache))
+                self._stages(state)
+                report = self._finish()
+        except UserError:
+            if not (self.work.path / "checkpoint.pt").is_file() or self._has_diverged:
+                self.work.remove()
+            raise
+        self.work.remove()
+        return self.student, report
+
+    def _load_data(self, options: TextOptions) -> None:
+        self.data = LinearizeData.load(options, self.tokenizer, self.spec.val_fraction)
+        self.measuring = self.data.rows("measuring", self.spec.length)
+
+    # ---- stages ----------------------------------------------------------------------------------------------------
+
+    def _stages(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            self._measure_start()
+        else:
+            self.measured = state["measured"]
+            self._load_mixers(state["mixers"])
+        for number, name in enumerate(self.spec.stages):
+            if name in self.measured["stages"]:
+                continue
+            self.stage = name
+            stage_state = state["loop"] if state is not None and state["stage"] == name else None
+            {"transfer": self._transfer, "recover": self._recover}[name](number, stage_state)
+            self.stage = self.loop = None
+        self._measure_end()
+
+    def _transfer(self, number: int, state: dict[str, Any] | None) -> None:
+        options, student = self.spec.transfer, self.student
+        parameters = transfer.mixer_parameters(student)
+        choosing = self.data.rows("choosing", options.length)
+
+        def backward(batch, factor):
+            return _mean(transfer.layer_losses(student, batch, options, factor))
+
+        def validate():
+            return float(_mean(transfer.mean_losses(student, choosing, options, self.spec.measure_tokens)))
+
+        student.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        self._train(number, parameters, transfer.by_layer(parameters), backward, validate, state)
+        student.requires_grad_(True)
+        self.measured["layer_error"]["after"] = self._layer_errors()
+        self._measure("transfer")
+
+    def _recover(self, number: int, state: dict[str, Any] | None) -> None:
+        options = self.spec.recover
+        choosing = self.data.rows("choosing", options.length)
+        recovery = Recovery(self.student, options, self.spec.seed)
+        parameters = recovery.parameters
+
+        def validate():
+            return recovery.held_out_loss(choosing, self.spec.measure_tokens)
+
+        self._train(number, parameters, [list(parameters)], recovery.backward, validate, state)
+        recovery.finish()
+        self._measure("recover")
+
+    def _train(self, number, parameters, clip_groups, backward, validate, state) -> None:
+        options = self.spec.stages[self.stage]
+        self.loop = loop = StageLoop(
+            self.stage,
+            options,
+            self.data.rows("training", options.length),
+            parameters,
+            clip_groups=clip_groups,
+            backward=backward,
+            validate=validate,
+            device=self.device,
+            seed=self.spec.seed + number,
+            log=self.log,
+        )
+        if state is not None:
+            loop.load_state_dict(state)
+        loop.run(self._after_step)
+        self.measured["stages"][self.stage] = {
+            "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
+            "steps": loop.steps,
+            "tokens": loop.tokens,
+            "seconds": loop.seconds,
+            "best_step": loop.best_step,
+            "history": loop.history,
+        }
+
+    def _after_step(self) -> None:
+        if self.work.is_due or self.signals.came is not None:
+            self._save()
+        if self.signals.came is not None:
+            raise Interrupted(self.signals.came, self.work.path / "checkpoint.pt")
+
+    def _save(self) -> None:
+        mixers = {name: value.detach() for name, value in transfer.mixer_parameters(self.student).items()}
+        self.work.save(
+            {"measured": self.measured, "mixers": mixers, "stage": self.stage, "loop": self.loop.state_dict()}
+        )
+
+    @torch.no_grad()
+    def _load_mixers(self, saved: dict[str, torch.Tensor]) -> None:
+        for name, parameter in transfer.mixer_parameters(self.student).items():
+            parameter.copy_(saved[name])
+
+    @property
+    def _has_diverged(self) -> bool:
+        return self.loop is not None and self.loop.has_diverged
+
+    # ---- measurements ----------------------------------------------------------------------------------------------
+
+    def _measure_start(self) -> None:
+        student = self.student
+        prompt = self.prompt or controls.prompt_from(self.measuring, self.tokenizer)
+        self.measured["continuation"] = {
+            "prompt": prompt,
+            "teacher": controls.continuation(self.teacher, self.tokenizer, prompt),
+        }
+        self.measured["perplexity"] = {}
+        self._measure("teacher", softmax)
+        self._measure("untrained")
+        if controls.has_window(student):
+            self._measure("window_only", controls.window_only)
+        self.measured["layer_error"] = {"before": self._layer_errors(), "after": None}
+
+    def _measure_end(self) -> None:
+        values = self.measured["perplexity"]
+        final = controls.perplexity(self.student, self.measuring, self.spec.measure_tokens)
+        if controls.has_window(self.student):
+            self._measure("linear_part_ablated", controls.window_only)
+        self.measured["perplexity"]["final"] = final
+        self.measured["gap_closed"] = controls.gap_closed(values.get("window_only"), values["teacher"], final)
+        self.measured["times_the_teachers"] = final / values["teacher"]
+        prompt = self.measured["continuation"]["prompt"]
+        self.measured["continuation"]["student"] = controls.continuation(self.student, self.tokenizer, prompt)
+        self.measured["state"] = controls.state_size(self.student)
+        self.measured["peak_memory_bytes"] = controls.peak_memory(self.device)
+
+    def _measure(self, name: str, observer: controls.Observer | None = None) -> None:
+        value = controls.perplexity(self.student, self.measuring, self.spec.measure_tokens, observer)
+        self.measured["perplexity"][name] = value
+        self.log(f"perplexity, {name.replace('_', ' ')}: {value:.4g}")
+
+    def _layer_errors(self) -> list[float | None]:
+        """||y - y'||^2 / ||y||^2 of each layer; `None` where softmax is kept."""
+        options = self.spec.transfer or transfer.Transfer(tokens=1, learning_rate=1.0, length=self.spec.length)
+        options = dataclasses.replace(options, loss="normalized_mse", weights_cross_entropy=0.0)
+        errors = transfer.mean_losses(self.student, self.measuring, options, self.spec.measure_tokens)
+        return [errors.get(layer) for layer in range(len(self.student.attention_layers))]
+
+    # ---- the result ------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        report = {
+            "teacher": self.name,
+            "family": self.teacher.config.model_type,
+            "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
+            "layers": len(self.student.attention_layers),
+            "kept_layers": list(self.spec.keep_layers),
+            "held_out_tokens": sum(self.measuring.texts.lengths()),
+            **self.measured,
+            "spec": self.spec.as_dict(),
+        }
+        with whole_folder(self.output) as unfinished:
+            self.student.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+            write_report(report, unfinished)
+        return report
+
+    def _identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        text = {"text": list(self.options.files), "dataset": self.options.dataset}
+        if self.data is not None:
+            text["tokens of text"] = self.data.training.num_tokens
+        return {"teacher": self.name, **text, "spec": self.spec.as_dict()}
+
+    def _tokens_wanted(self) -> int:
+        return max(stage.tokens for stage in self.spec.stages.values())
+
+
+def fitting(spec: LinearizeSpec, teacher: PreTrainedModel) -> LinearizeSpec:
+    """The spec for this teacher: no text longer than its positions, and layers counted from the first."""
+    layers, limit = teacher.config.num_hidden_layers, positions(teacher.config)
+    values: dict[str, Any] = {}
+    for layer in spec.keep_layers:
+        if not -layers <= layer < layers:
+            raise UserError(f"keep_layers: the teacher has layers 0 to {layers - 1}, and no layer {layer}")
+    values["keep_layers"] = sorted({layer % layers for layer in spec.keep_layers})
+    if len(values["keep_layers"]) == layers:  # nothing is replaced, so there is nothing to learn
+        spec = dataclasses.replace(spec, transfer=None, recover=None)
+    for name, stage in spec.stages.items():
+        if limit is not None and stage.length > limit:
+            values[f"{name}.length"] = limit
+    return spec.override(values)
+
+
+def _mean(losses: dict[int, Any]) -> Any:
+    return sum(losses.values()) / len(losses)
+
+
+def _as_files(data: str | Path | list | tuple) -> tuple[str, ...]:
+    return tuple(map(str, data)) if isinstance(data, list | tuple) else (str(data),)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

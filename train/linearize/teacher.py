@@ -1,0 +1,62 @@
+"""The model that is linearized, by folder or by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lm_zoo.errors import UserError, one_line
+from lm_zoo.eval.loading import load_model
+from lm_zoo.linearized.families import check_teacher, family_of
+
+BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+
+
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """Its configuration alone; UserError where it is of no family that can be linearized."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except BROKEN as error:
+        raise UserError(f"cannot read the configuration of the teacher {str(name)!r}: {one_line(error)}") from error
+    family_of(config)
+    return config
+
+
+def load_teacher(
+    teacher: str | Path | PreTrainedModel, tokenizer: Tokenizer | None
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """The teacher, ready to be linearized, and its tokenizer."""
+    if isinstance(teacher, PreTrainedModel):
+        if tokenizer is None:
+            raise UserError("the teacher is a model, so its tokenizer has to be given as well")
+    elif isinstance(teacher, str | Path):
+        loaded = _load(teacher)
+        teacher, tokenizer = loaded[0], tokenizer or loaded[1]
+    check_teacher(teacher)
+    return teacher.eval(), tokenizer
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many positions the teacher knows, where it says so."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _load(name: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
+    if Path(name).is_dir():
+        if (Path(name) / "config.json").is_file():
+            load_config(name)  # an unsupported family is told before its weights are read
+        return load_model(name)
+    if Path(name).is_absolute() or str(name).startswith("."):
+        raise UserError(f"no model folder {name}; check the path")
+    load_config(name)
+    cuda = torch.cuda.is_available()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if cuda else torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except BROKEN as error:
+        raise UserError(f"cannot load the teacher {str(name)!r}: {one_line(error)}") from error
+    return model.to("cuda" if cuda else "cpu"), tokenizer
