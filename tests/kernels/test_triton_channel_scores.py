@@ -207,4 +207,4 @@ def test_rounding_of_pairs_cancels_in_the_gradient_of_the_decay():
     float16: else the rounding of all pairs of the chunk adds up in the first decays, whose gradients have few terms."""
     call = Call("fast", True, torch.float16, T=64, HV=1, K=32)
     early = [call.decay_gradient(dG)[1:4] for dG in (call.triton_gradients()[2], call.plain_gradients()[2])]
-    assert_close(*early, 6e-4, "gradient of the first log decays")
+    assert_close(*early, 5e-4, "gradient of the first log decays")
