@@ -22,6 +22,7 @@ from lm_zoo.kernels.checks import check_option
 
 OPTIONS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # no cached function: torch.compile warns of those
 
 _override = os.environ.get("LM_ZOO_BACKEND", "auto")
 
@@ -62,18 +63,13 @@ def choose(backend: str, x: Tensor, options: tuple[str, ...] = OPTIONS, *, unsup
 
 
 def _why_not_triton(x: Tensor) -> str | None:
-    if not _triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         return "triton is not installed"
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"its kernels need a GPU (or TRITON_INTERPRET=1), the tensors are on {x.device}"
     if x.dtype not in TRITON_DTYPES:
         return f"its kernels compute in float32, bfloat16 and float16, the tensors are {x.dtype}".replace("torch.", "")
     return None
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @cache
