@@ -59,7 +59,7 @@ def chunk_states_kernel(
     n, head = tl.program_id(0), tl.program_id(1)
     first, last = sequence_chunks(n, first_chunk, T)
     start, end = sequence_tokens(first, last, bounds, T)
-    i, row = tl.arange(0, C), tl.arange(0, BLOCK_K)
+    row = tl.arange(0, BLOCK_K)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     tile = row[:, None] * V + column[None, :]
     mask = (row < K)[:, None] & (column < V)[None, :]
@@ -68,27 +68,25 @@ def chunk_states_kernel(
     S = tl.load(state, mask=mask, other=0.0)
 
     for m in range(0, tl.cast(last - first, tl.int32)):
-        token = start + m * C  # the first of the chunk
-        length = tl.minimum(end - token, C).to(tl.int32)
+        # 64-bit: offsets from the first token would be kept across the loop, in registers that it does not have.
+        token = start + m * C + tl.arange(0, C)
+        last_token = tl.minimum(start + m * C + C, end) - 1
         S_in = S.to(k.dtype.element_ty)
         tl.store(states + tl.cast(m, tl.int64) * HV * K * V, S_in, mask=mask)
-        v = load_tokens(u + token * HV * V, i, length, head, HV, column, V)
+        v = load_tokens(u, token, end, head, HV, column, V)
         if w is not None:
-            weights = load_tokens(w + token * HV * K, i, length, head, HV, row, K)
-            v = (v.to(tl.float32) - dot(weights, S_in)).to(v.dtype)
-            store_tokens(v_new + token * HV * V, v, i, length, head, HV, column, V)
-        k_end = load_channels(k + token * H * K, i, length, head // (HV // H), H, row, K)
+            v = (v.to(tl.float32) - dot(load_tokens(w, token, end, head, HV, row, K), S_in)).to(v.dtype)
+            store_tokens(v_new, v, token, end, head, HV, column, V)
+        k_end = load_channels(k, token, end, head // (HV // H), H, row, K)
         # Beyond `end` G reads 0: an exponent of G_C there, on keys and values that are 0.
         if PER_CHANNEL:
-            gates = G + token * HV * K
-            G_end = tl.load(gates + ((length - 1) * HV + head) * K + row, mask=row < K, other=0.0)
-            to_end = G_end[:, None] - load_channels(gates, i, length, head, HV, row, K)
+            G_end = tl.load(G + (last_token * HV + head) * K + row, mask=row < K, other=0.0)
+            to_end = G_end[:, None] - load_channels(G, token, end, head, HV, row, K)
             k_end = (k_end.to(tl.float32) * tl.exp(to_end)).to(v.dtype)
             S *= tl.exp(G_end)[:, None]
         elif G is not None:
-            gates = G + token * HV
-            G_end = tl.load(gates + (length - 1) * HV + head)
-            v = (v.to(tl.float32) * tl.exp(G_end - load_gates(gates, i, length, head, HV))[:, None]).to(v.dtype)
+            G_end = tl.load(G + last_token * HV + head)
+            v = (v.to(tl.float32) * tl.exp(G_end - load_gates(G, token, end, head, HV))[:, None]).to(v.dtype)
             S *= tl.exp(G_end)
         S = dot(k_end, v, S)
     tl.store(state, S, mask=mask)
