@@ -54,6 +54,8 @@ def window_only(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: Con
         token = torch.arange(end - start, device=q.device)
         distance = token[:, None] - token
         seen = (distance >= 0) & in_window(distance, window, kind)
+        if module.softmax_window is not None:  # the teacher looks no further either
+            seen = seen & (distance < module.softmax_window)
         text = (x[:, start:end].transpose(1, 2) for x in (q, k, v))
         grouped = q.shape[2] > k.shape[2]
         o = F.scaled_dot_product_attention(*text, attn_mask=seen, scale=module.scaling, enable_gqa=grouped)

@@ -153,6 +153,8 @@ class LinearizeSpec:
         _check(self, "val_fraction", 0 < self.val_fraction < 1, "must be between 0 and 1")
         _check(self, "measure_tokens", self.measure_tokens >= 1, "must be at least 1")
         _check(self, "seed", self.seed >= 0, "must not be negative")
+        if self.options.get("window") == 0 and "window_kind" in self.options:
+            raise UserError("options.window=0 leaves no window, and this preset needs one; give 1 or more, or hedgehog")
 
     @property
     def stages(self) -> dict[str, Stage]:
