@@ -5,15 +5,19 @@ student = LinearizedForCausalLM.from_teacher(teacher, "hybrid", {"window": 64}, 
 
 from lm_zoo.linearized.config import LinearizedConfig
 from lm_zoo.linearized.families import FAMILIES, check_teacher, family_of
+from lm_zoo.linearized.hybrid import HybridAttention
 from lm_zoo.linearized.inner import INNER_MIXERS, Context, InnerMixer
 from lm_zoo.linearized.interface import softmax
+from lm_zoo.linearized.liger import LigerAttention
 from lm_zoo.linearized.model import LinearizedForCausalLM
 
 __all__ = [
     "FAMILIES",
     "INNER_MIXERS",
     "Context",
+    "HybridAttention",
     "InnerMixer",
+    "LigerAttention",
     "LinearizedConfig",
     "LinearizedForCausalLM",
     "check_teacher",

@@ -62,7 +62,7 @@ class LinearizedConfig(PreTrainedConfig):
                 )
         if not isinstance(self.teacher_config, dict) or not isinstance(self.teacher_config.get("model_type"), str):
             raise TypeError(
-                f"teacher_config must be the teacher's config.to_dict() with its model_type, got {self.teacher_config!r}"
+                f"teacher_config must be a teacher's config.to_dict() with its model_type, got {self.teacher_config!r}"
             )
         self.teacher_config = {k: v for k, v in self.teacher_config.items() if k not in LEFT_OUT}
         self.mixer_options = {} if self.mixer_options is None else self.mixer_options

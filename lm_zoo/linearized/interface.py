@@ -7,6 +7,10 @@ which the supported families pass down to their attention.
 
 from __future__ import annotations
 
+import functools
+import inspect
+
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -24,6 +28,24 @@ def attach(module: nn.Module, mixer: InnerMixer | None, window: int | None) -> N
     module.register_module("mixer", mixer)
     module.softmax_window = window
     module.register_forward_pre_hook(tell_context, with_kwargs=True)
+
+
+def hold_rotary(rotary: nn.Module) -> None:
+    """Keep rotary angles that depend on the length of the text ("dynamic", "longrope") as they are for short ones.
+
+    transformers chooses them by the longest text of each call: how a text is cut into calls would change its result.
+    """
+    kinds = rotary.rope_type.values() if isinstance(rotary.rope_type, dict) else [rotary.rope_type]
+    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
+        rotary.forward = functools.partial(torch.no_grad()(inspect.unwrap(type(rotary).forward)), rotary)
+        for name in [name for name, _ in rotary.named_buffers() if name.endswith("original_inv_freq")]:
+            setattr(rotary, name.replace("original_", ""), getattr(rotary, name).clone())
+        rotary.max_seq_len_cached = rotary.original_max_seq_len  # the longest text that these angles are for
+
+
+def release_rotary(rotary: nn.Module) -> None:
+    """Undo `hold_rotary`."""
+    vars(rotary).pop("forward", None)
 
 
 def tell_context(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -19,7 +19,7 @@ from lm_zoo.layers.kv_state import key_values
 from lm_zoo.linearized.config import CODE_FILE, LinearizedConfig
 from lm_zoo.linearized.families import check_teacher, family_of, geometry
 from lm_zoo.linearized.inner import Context
-from lm_zoo.linearized.interface import NAME, attach
+from lm_zoo.linearized.interface import NAME, attach, hold_rotary, release_rotary
 from lm_zoo.modules.loss import cross_entropy_in_chunks, linear_cross_entropy
 from lm_zoo.modules.rotary import advance, token_positions
 
@@ -40,7 +40,8 @@ class LinearizedForCausalLM(CausalLM):
 
     Projections, norms, MLPs and embeddings are the teacher's modules under their usual names; the mixers are submodules
     `mixer` of the attention modules, and `None` in the layers that keep their softmax. Dropout of attention weights is
-    left out. The arguments of a call are those of `CausalLM.forward`.
+    left out, and rotary angles that a teacher changes with the length of the text are those of short texts throughout.
+    The arguments of a call are those of `CausalLM.forward`.
     """
 
     config_class = LinearizedConfig
@@ -55,6 +56,8 @@ class LinearizedForCausalLM(CausalLM):
         for layer, attention in enumerate(self.attention_layers):
             mixer = None if layer in config.keep_layers else config.build_mixer(attention)
             attach(attention, mixer, self.family.softmax_window(self.teacher.config, layer))
+        if rotary := getattr(self.teacher.base_model, "rotary_emb", None):
+            hold_rotary(rotary)
         if self.device.type != "meta":  # all is initialised by now, the mixers by themselves: let nobody do it again
             for module in self.modules():
                 module._is_hf_initialized = True
@@ -99,6 +102,8 @@ class LinearizedForCausalLM(CausalLM):
         """
         mixers = {id(attention.mixer): None for attention in self.attention_layers if attention.mixer is not None}
         teacher = _share(self.teacher, mixers)
+        if rotary := getattr(teacher.base_model, "rotary_emb", None):
+            release_rotary(rotary)
         teacher.set_attn_implementation(attn_implementation)
         return teacher
 
@@ -119,11 +124,11 @@ class LinearizedForCausalLM(CausalLM):
         with student.observed(teach):
             student(input_ids)
         """
-        self._observer = observer
+        before, self._observer = self._observer, observer
         try:
             yield
         finally:
-            self._observer = None
+            self._observer = before
 
     def init_cache(self, batch_size: int) -> ZooCache:
         """An empty cache for `batch_size` texts: a state per layer, and how many tokens each text has."""
@@ -155,7 +160,7 @@ class LinearizedForCausalLM(CausalLM):
             past_key_values=past_key_values,
             cu_seqlens=cu_seqlens,
             num_states=len(self.attention_layers) + 1,
-            checkpointing=self.training and self.is_gradient_checkpointing,
+            checkpointing=self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()),
         )
 
     def _run(self, x: Tensor, cache: ZooCache | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -238,6 +243,9 @@ def _new_teacher(config: LinearizedConfig) -> PreTrainedModel:
 
 
 def _share(model: PreTrainedModel, instead: dict[int, None] | None = None) -> PreTrainedModel:
-    """A copy of the modules with the very same parameters and buffers; by id, `instead` says what to leave out."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """A copy of the modules with the very same parameters; `instead` says what else to take, by id.
+
+    Buffers are copied: they are small, and transformers writes into some.
+    """
+    memo = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, memo | (instead or {}))
