@@ -1,5 +1,6 @@
 """Linear attention whose states are shared by groups of query heads, as the keys and values of the teacher are."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,4 +71,4 @@ def add_to_state(S: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None) ->
 
 def read_state(q: Tensor, S: Tensor) -> Tensor:
     """o_h = S^T q_h: `[B, H, F]` and `[B, HS, F, V]` to `[B, H, V]`."""
-    return (q.unflatten(1, (S.shape[1], -1)) @ S).flatten(1, 2)
+    return torch.bmm(q.reshape(S.shape[0] * S.shape[1], -1, q.shape[-1]), S.flatten(0, 1)).view(*q.shape[:2], -1)

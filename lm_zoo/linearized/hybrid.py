@@ -153,26 +153,21 @@ class HybridAttention(InnerMixer):
 
         phi_q, (phi_k, written_v) = self.q_map(q), self._written(k, v)
         phi_k = phi_k * blocks.exists[..., None, None]
-        late_k, late_v = blocks.before(phi_k), blocks.before(written_v)
-        if self.window_kind == "sliding":
-            if state is not None:  # the slots after a text's last token must not push more out of the window
-                late_k = late_k * blocks.new[..., None, None]
-            far = 0
-        else:
-            late_k, late_v = blocks.before(late_k), blocks.before(late_v)
-            far = self._rest_of_block(phi_q, blocks.before(phi_k, 2), blocks.before(written_v, 2))
+        late = 1 if self.window_kind == "sliding" else 2
+        phi_k, written_v = blocks.before(phi_k, late), blocks.before(written_v, late)
+        if self.window_kind == "sliding" and state is not None:
+            phi_k = (
+                phi_k * blocks.new[..., None, None]
+            )  # the void after the last token pushes nothing out of the window
         linear = grouped_linear_attention(
-            *(blocks.along_time(x) for x in (phi_q, late_k, late_v)), state=state, cu_seqlens=blocks.borders
+            *(blocks.along_time(x) for x in (phi_q, phi_k, written_v)), state=state, cu_seqlens=blocks.borders
         ).view(*phi_q.shape[:3], -1)
+        if self.window_kind == "terrace":  # late by 2 w, the op has brought the block before the window's up to n - 2 w
+            linear = linear + weighted_sum(scores(phi_q, phi_k).triu(1), written_v)
         near = window_sums(q, k, _with_ones(v), blocks, scale=self.scale, kind=self.window_kind)
         if state is not None:
             state.extend(new_k.flatten(0, 1), new_v.flatten(0, 1), lengths)
-        return blocks.read(self._mix(near, linear + far))
-
-    @staticmethod
-    def _rest_of_block(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> Tensor:
-        """A terrace's block before the two of the window: late by 2 w, the op has brought its tokens up to n - 2 w."""
-        return weighted_sum(scores(phi_q, phi_k).triu(1), v)
+        return blocks.read(self._mix(near, linear))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
         """One token per row, `[B, H, D]`, without gradients."""

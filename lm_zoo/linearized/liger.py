@@ -87,9 +87,10 @@ class LigerAttention(InnerMixer):
         return ((1 - self.share) * near + self.share * far).to(q.dtype)
 
     def _gated(self, q, k, v, context, state, cu_seqlens) -> Tensor:
-        q, k = turn_back(q, context.rotary), turn_back(k, context.rotary)
-        log_decay = F.logsigmoid(k) / GATE_NORMALIZER
-        q, k, v = q.softmax(dim=-1), k.softmax(dim=-1), v.to(k.dtype)
+        x = turn_back(torch.cat([q, k], dim=2), context.rotary)
+        log_decay = F.logsigmoid(x[:, :, self.num_heads :]) / GATE_NORMALIZER
+        q, k = x.softmax(dim=-1).split_with_sizes((self.num_heads, self.num_kv_heads), dim=2)
+        v = v.to(k.dtype)
         if state is None or q.shape[1] > 1 or cu_seqlens is not None or torch.is_grad_enabled():
             return grouped_linear_attention(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
         S = state.writable("S")
@@ -115,8 +116,8 @@ def turn_back(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     cos, sin = (y[:, :, None].to(x.dtype) for y in rotary)
     turned, passed = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     a, b = turned.chunk(2, dim=-1)
-    turned = (turned * cos - torch.cat([-b, a], dim=-1) * sin) / (cos.square() + sin.square())
-    return torch.cat([turned, passed], dim=-1)
+    length = cos.square() + sin.square()
+    return torch.cat([turned * (cos / length) - torch.cat([-b, a], dim=-1) * (sin / length), passed], dim=-1)
 
 
 INNER_MIXERS["liger"] = LigerAttention

@@ -157,15 +157,28 @@ def window_sums(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, scale: float
 
 def ring_sums(q: Tensor, state: RingState, *, scale: float, size: int, kind: str) -> Tensor:
     """`window_sums` for the token that `state` took in last: `[B, H, D]` to `[B, H, V + 1]`, the denominator beside."""
-    keys, values = state["keys"].to(q.dtype), state["values"].to(q.dtype)
-    s = q.unflatten(1, (keys.shape[1], -1)) @ keys.mT * scale  # [B, HKV, G, slots]
-    if kind == "terrace" or min(state.seen) < size:
-        position = state["position"][:, None] - 1
-        reach = position.clamp_max(size - 1) if kind == "sliding" else torch.minimum(position, position % size + size)
-        age = (position - torch.arange(state.slots, device=q.device)) % state.slots
-        s = s.masked_fill((age > reach)[:, None, None], float("-inf"))
-    weights = (s - s.amax(dim=-1, keepdim=True)).exp()
-    return torch.cat([weights @ values, weights.sum(dim=-1, keepdim=True)], dim=-1).flatten(1, 2)
+    keys, values = (state[name].to(q.dtype).flatten(0, 1) for name in ("keys", "values"))
+    s = torch.bmm((q * scale).reshape(len(keys), -1, q.shape[-1]), keys.mT)  # [B * HKV, G, slots]
+    _hide_others(s, state, size, kind)
+    weights = (s - s.amax(dim=-1, keepdim=True)).exp_()
+    return torch.cat([torch.bmm(weights, values), weights.sum(dim=-1, keepdim=True)], dim=-1).view(*q.shape[:2], -1)
+
+
+def _hide_others(s: Tensor, state: RingState, size: int, kind: str) -> None:
+    """-inf, in place, in the slots that are empty or, in a terrace, hold a token from before the last two blocks."""
+    token = state.seen[0] - 1
+    if kind == "sliding" and min(state.seen) >= size:
+        return
+    if len(set(state.seen)) == 1:
+        first = 0 if kind == "sliding" else token // size % 2 * size
+        s[..., first + token % size + 1 : first + size] = -torch.inf
+        if kind == "terrace" and token < size:
+            s[..., size:] = -torch.inf
+        return
+    position = state["position"][:, None] - 1
+    reach = position if kind == "sliding" else torch.minimum(position, position % size + size)
+    age = (position - torch.arange(state.slots, device=s.device)) % state.slots
+    s.view(len(position), -1, state.slots).masked_fill_((age > reach)[:, None], -torch.inf)
 
 
 def text_lengths(shape: tuple[int, int], cu_seqlens: Tensor | None) -> list[int]:

@@ -129,7 +129,8 @@ class T2R(FeatureMap):
 
 def _per_head(weight: Tensor, x: Tensor) -> Tensor:
     """W_h x of each head: `[H, K, K]` and `[B, T, H, K]` to `[B, T, H, K]`, in float32 at least."""
-    y = torch.einsum("hij,bthj->bthi", weight.to(x.dtype), x)
+    rows = x.permute(2, 0, 1, 3).flatten(1, 2)  # [H, B * T, K]
+    y = (rows @ weight.to(x.dtype).mT).unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)
     return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
