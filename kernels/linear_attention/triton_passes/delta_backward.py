@@ -78,15 +78,7 @@ def delta_transform_backward_kernel(
     strength = load_gates(beta + start * HV, i, length, head, HV)
     transform = load_channels(T_delta + start * HV * C, i, length, head, HV, i, C)  # T^T
 
-    dB = tl.zeros([C, C], dtype=tl.float32)
-    dbeta_sum = tl.zeros([C], dtype=tl.float32)
-    for first in range(0, V, BLOCK_V):
-        column = first + tl.arange(0, BLOCK_V)
-        dX = dot(transform, load_tokens(du, i, length, head, HV, column, V))
-        dB = dot(dX.to(u.dtype.element_ty), load_channels(u, i, length, head, HV, column, V), dB)
-        dbeta_sum += tl.sum(dX * load_tokens(v, i, length, head, HV, column, V).to(tl.float32), axis=1)
-        store_tokens(dv, dX * strength[:, None], i, length, head, HV, column, V)
-
+    dB, dbeta_sum = value_gradients(du, u, v, dv, transform, strength, i, length, head, HV, V, BLOCK_V)
     if not PER_CHANNEL:
         A = tl.zeros([C, C], dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
@@ -138,3 +130,19 @@ def delta_transform_backward_kernel(
     if dG is not None and not PER_CHANNEL:
         dG_sum += load_gates(dG, i, length, head, HV)
         tl.store(dG + i * HV + head, dG_sum, mask=i < length)
+
+
+@triton.jit
+def value_gradients(
+    du, u, v, dv, transform, strength, i, length, head, HV, V: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Writes dv; dX_v u^T, and dX_v v summed over the row of a token."""
+    dB = tl.zeros([i.shape[0], i.shape[0]], dtype=tl.float32)
+    dbeta_sum = tl.zeros([i.shape[0]], dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        column = first + tl.arange(0, BLOCK_V)
+        dX = dot(transform, load_tokens(du, i, length, head, HV, column, V))
+        dB = dot(dX.to(u.dtype.element_ty), load_channels(u, i, length, head, HV, column, V), dB)
+        dbeta_sum += tl.sum(dX * load_tokens(v, i, length, head, HV, column, V).to(tl.float32), axis=1)
+        store_tokens(dv, dX * strength[:, None], i, length, head, HV, column, V)
+    return dB, dbeta_sum

@@ -17,8 +17,8 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 )
 
 # Launch.block: channels of K and of V in a tile.
-TABLE["chunk_gradients_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 2)}
-TABLE["chunk_gradients_kernel", "small"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 2)}
+TABLE["chunk_gradients_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
+TABLE["chunk_gradients_kernel", "small"] = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
 
 
 def chunk_gradients(
@@ -89,11 +89,7 @@ def chunk_gradients_kernel(
         G, dG, dlog_decay = G + start * HV * gates, dG + start * HV * gates, dlog_decay + start * HV * gates
     PER_TOKEN: tl.constexpr = G is not None and not PER_CHANNEL
 
-    D = tl.zeros([C, C], dtype=tl.float32)
-    for first in range(0, V, BLOCK_V):
-        column = first + tl.arange(0, BLOCK_V)
-        outputs = load_tokens(do, i, length, head, HV, column, V)
-        D = dot(outputs, load_channels(v_new, i, length, head, HV, column, V), D)
+    D = score_gradients(do, v_new, i, length, head, HV, V, BLOCK_V)
     if PER_CHANNEL:
         store_tokens(dA_qk + start * HV * C, tl.where(i[:, None] >= i[None, :], D, 0.0), i, length, head, HV, i, C)
     else:
@@ -121,11 +117,11 @@ def chunk_gradients_kernel(
         if PER_CHANNEL:
             g, G_end = load_tokens(G, i, length, head, HV, row, K), load_last(G, last, head, HV, row, K)
             dq_tile *= tl.exp(g)
-            store_tokens(dG, queries.to(tl.float32) * dq_tile, i, length, head, HV, row, K)
             dk_tile *= tl.exp(G_end[None, :] - g)
             passed *= tl.exp(G_end)
-            before = tl.cumsum(keys.to(tl.float32) * dk_tile, axis=0) + passed[None, :]
-            store_tokens(dlog_decay, before, i + 1, length, head, HV, row, K)
+            store_tokens(dG, queries.to(tl.float32) * dq_tile, i, length, head, HV, row, K)
+            left_before = tl.cumsum(keys.to(tl.float32) * dk_tile, axis=0) + passed[None, :]
+            store_tokens(dlog_decay, left_before, i + 1, length, head, HV, row, K)
             tl.store(dlog_decay + head * K + row, passed, mask=row < tl.where(length > 0, K, 0))
         else:
             if PER_TOKEN:
@@ -145,9 +141,20 @@ def chunk_gradients_kernel(
 
     if PER_TOKEN:
         tl.store(dG + i * HV + head, dG_sum, mask=i < length)
-        before = tl.cumsum(left, axis=0) + through
-        tl.store(dlog_decay + (i + 1) * HV + head, before, mask=i + 1 < length)
+        left_before = tl.cumsum(left, axis=0) + through
+        tl.store(dlog_decay + (i + 1) * HV + head, left_before, mask=i + 1 < length)
         tl.store(dlog_decay + head, through, mask=length > 0)
+
+
+@triton.jit
+def score_gradients(do, v_new, i, length, head, HV, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """dO v'^T."""
+    dA = tl.zeros([i.shape[0], i.shape[0]], dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        column = first + tl.arange(0, BLOCK_V)
+        outputs = load_tokens(do, i, length, head, HV, column, V)
+        dA = dot(outputs, load_channels(v_new, i, length, head, HV, column, V), dA)
+    return dA
 
 
 @triton.jit
@@ -160,9 +167,10 @@ def state_gradients(
     dk = tl.zeros([i.shape[0], row.shape[0]], dtype=tl.float32)
     dw = tl.zeros([i.shape[0], row.shape[0]], dtype=tl.float32)
     passed = tl.zeros([row.shape[0]], dtype=tl.float32)
+    rows = tl.where(length > 0, K, 0)  # a chunk without tokens has no states: what is there, nobody wrote
     for first in range(0, V, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
-        tile, mask = row[:, None] * V + column[None, :], (row < K)[:, None] & (column < V)[None, :]
+        tile, mask = row[:, None] * V + column[None, :], (row < rows)[:, None] & (column < V)[None, :]
         S = tl.load(states + tile, mask=mask, other=0.0)
         dS = tl.load(dstates + tile, mask=mask, other=0.0)
         dq = dot(load_tokens(do, i, length, head, HV, column, V), tl.trans(S), dq)

@@ -16,9 +16,20 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     store_tokens,
 )
 
-# Launch.block: columns of the state that a program carries, with all their K rows.
-TABLE["chunk_states_backward_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 1)}
-TABLE["chunk_states_backward_kernel", "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
+# Launch.block: columns of the state that a program carries, with all their K rows. A decay per channel brings a tile of
+# gates as large as that of the keys, in float32.
+TABLE["chunk_states_backward_kernel", "large"] = {64: Launch(32, 8, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
+TABLE["chunk_states_backward_kernel", "small"] = {64: Launch(32, 8, 1), 128: Launch(32, 8, 1), 256: Launch(16, 8, 1)}
+TABLE["chunk_states_backward_kernel, per channel", "large"] = {
+    64: Launch(32, 8, 2),
+    128: Launch(32, 8, 2),
+    256: Launch(16, 8, 1),
+}
+TABLE["chunk_states_backward_kernel, per channel", "small"] = {
+    64: Launch(32, 8, 1),
+    128: Launch(32, 8, 1),
+    256: Launch(16, 8, 1),
+}
 
 
 def chunk_states_backward(
@@ -40,11 +51,12 @@ def chunk_states_backward(
     H, K = q.shape[2:]
     HV, V = do.shape[2:]
     dstates = q.new_empty(segment.chunks, HV, K, V)
-    entry = launch("chunk_states_backward_kernel", q, K)
+    per_channel = G is not None and G.dim() == 4
+    entry = launch("chunk_states_backward_kernel" + ", per channel" * per_channel, q, K)
     block = min(entry.block, padded(V))
     chunk_states_backward_kernel[segment.sequences, HV, triton.cdiv(V, block)](
         do, dv_new, dstate, dstates, q, k, w, G, scale, segment.bounds, segment.first_chunk, segment.length, H, HV,
-        K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PER_CHANNEL=G is not None and G.dim() == 4,
+        K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PER_CHANNEL=per_channel,
         num_warps=entry.warps, num_stages=entry.stages,
     )  # fmt: skip
     return dstates
