@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # no cached function: torch.compile warns of those
 
 _override = os.environ.get("LM_ZOO_BACKEND", "auto")
+_warned: set[str] = set()
 
 
 @contextmanager
@@ -72,6 +72,8 @@ def _why_not_triton(x: Tensor) -> str | None:
     return None
 
 
-@cache
 def _warn_once(reason: str) -> None:
+    if torch.compiler.is_compiling() or reason in _warned:  # a warning would break the graph
+        return
+    _warned.add(reason)
     warnings.warn(f"lm_zoo falls back from Triton to PyTorch: {reason}", RuntimeWarning, stacklevel=4)

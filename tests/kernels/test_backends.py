@@ -18,7 +18,7 @@ ON_CPU = torch.zeros(1)
 def triton_works(monkeypatch):
     """As if the tensors were on a GPU that Triton can use."""
     monkeypatch.setattr(backends, "_why_not_triton", lambda x: None)
-    backends._warn_once.cache_clear()
+    backends._warned.clear()
 
 
 class OnGpu:
