@@ -86,9 +86,7 @@ def chunk_output_kernel(
             g = load_gates(G + start * HV, i, length, head, HV)
             from_state *= tl.exp(g)[:, None]
             A *= tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))  # above 0 in what is masked below, or past `end`
-        A = tl.where(causal, A, 0.0).to(v.dtype)
-        out = dot(A, v, from_state) * scale
+        A = tl.where(causal, A * scale, 0.0).to(v.dtype)  # scaled first, for the range of float16
     else:
         A = load_tokens(A_qk + start * HV * C, i, length, head, HV, i, C)
-        out = dot(A, v, from_state * scale)
-    store_tokens(o, out, i, length, head, HV, column, V)
+    store_tokens(o, dot(A, v, from_state * scale), i, length, head, HV, column, V)
