@@ -17,8 +17,9 @@ HYBRID = {"mixer": "hybrid", "options": {"window": 4, "window_kind": "sliding"}}
 
 
 def stage(steps: int, **options) -> dict:
-    """Options of a stage of so many steps of four rows."""
-    return STAGE | {"tokens": steps * STAGE["batch"] * options.get("length", STAGE["length"])} | options
+    """Options of a stage of so many steps."""
+    options = STAGE | options
+    return options | {"tokens": steps * options["batch"] * options["length"] * options.get("accumulate", 1)}
 
 
 def small_spec(transfer: dict | int | None = 4, recover: dict | int | None = 4, **options) -> LinearizeSpec:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from lm_zoo.errors import UserError
 from lm_zoo.files import whole_folder
@@ -67,6 +68,7 @@ def linearize(
     spec = spec.override(overrides or {})
     output = Path(output)
     check_output(output, resume)
+    disable_progress_bar()  # of transformers: it would draw one for writing a single file
     with quiet_libraries():
         run = Run(teacher, spec, data, output, tokenizer, prompt, log or _to_stderr)
         return run.run(resume, checkpoint_seconds)
@@ -288,7 +290,7 @@ class Run:
 
 
 def fitting(spec: LinearizeSpec, teacher: PreTrainedModel) -> LinearizeSpec:
-    """The spec for this teacher: no text longer than its positions, and layers counted from the first."""
+    """The spec for this teacher: its layers counted from the first, no text longer than its positions, its rates."""
     layers, limit = teacher.config.num_hidden_layers, positions(teacher.config)
     values: dict[str, Any] = {}
     for layer in spec.keep_layers:
@@ -300,6 +302,9 @@ def fitting(spec: LinearizeSpec, teacher: PreTrainedModel) -> LinearizeSpec:
     for name, stage in spec.stages.items():
         if limit is not None and stage.length > limit:
             values[f"{name}.length"] = limit
+        if stage.rate_width is not None:
+            ratio = stage.rate_width / teacher.config.hidden_size
+            values[f"{name}.learning_rate"] = stage.learning_rate * ratio**0.5
     return spec.override(values)
 
 

@@ -36,6 +36,8 @@ class Stage:
         batch: rows of `length` tokens per forward pass; short texts share a row.
         accumulate: forward passes per optimizer step.
         learning_rate: at its peak.
+        rate_width: the hidden size of the teachers that `learning_rate` is meant for; others get it times
+            sqrt(rate_width / hidden size). None leaves it as it is, and so does overriding `learning_rate`.
         schedule: "cosine" or "constant".
         warmup: part of all steps over which the learning rate rises.
         weight_decay: of AdamW, for all that is trained.
@@ -45,6 +47,7 @@ class Stage:
 
     tokens: int
     learning_rate: float
+    rate_width: int | None = None
     max_epochs: float = 4.0
     length: int = 1024
     batch: int = 8
@@ -62,6 +65,7 @@ class Stage:
         for name in ("learning_rate", "max_epochs", "clip"):
             _check(self, name, getattr(self, name) > 0, "must be above 0")
         _check(self, "length", self.length >= 2, "must be at least 2")
+        _check(self, "rate_width", self.rate_width is None or self.rate_width >= 1, "must be at least 1")
         _check(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
         Schedule(self.schedule, warmup=self.warmup)
 
@@ -173,6 +177,9 @@ class LinearizeSpec:
     def override(self, values: dict[str, Any]) -> LinearizeSpec:
         """This spec with some values changed, by dotted names such as `transfer.learning_rate`."""
         spec = self
+        for stage in self.stages:
+            if f"{stage}.learning_rate" in values:
+                values = {f"{stage}.rate_width": None, **values}
         for name, value in values.items():
             spec = _replace(spec, name, name.split("."), value)
         return spec
