@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -116,8 +115,7 @@ def cases(size: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     combination."""
     yield from linear_attention_cases(size, dtype)
     yield from step_cases(size, dtype)
-    if hasattr(ops, "rms_norm"):
-        yield from norm_cases(size, dtype)
+    yield from norm_cases(size, dtype)
     if size == min(SIZES):  # no heads here
         yield from scan_cases(dtype)
         yield from conv_cases(dtype)
@@ -250,35 +248,44 @@ def conv_cases(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
         yield call
 
 
-# ---- compiling and reading what came out --------------------------------------------------------------------------
+# ---- compiling, and reading what came out -------------------------------------------------------------------------
 
 
-def compile_cases(targets: list[str], sizes: list[int], dtype: torch.dtype, only: str | None) -> list[Report]:
-    """A launch compiles its kernel for the target of the active driver, and runs nothing."""
-    seen, reports = set(), defaultdict(dict)
+def capture(on_launch: Callable[..., None]) -> None:
+    """From here on, launching a kernel calls `on_launch(kernel, grid, arguments, constants)` instead."""
 
-    def compile_only(self, grid):
-        def launched(*arguments, **constants) -> None:
-            if only and only not in self.__name__:
-                return
-            kernel = self.run(*arguments, grid=grid, warmup=True, **constants)
-            name = driver.active.name
-            if (key := (name, kernel.hash)) not in seen:
-                seen.add(key)
-                key = self.__name__, name, size
-                reports[key] = reports.get(key) or Report(*key)
-                reports[key].add(read(kernel, *key))
+    def subscript(self, grid):
+        return lambda *arguments, **constants: on_launch(self, grid, arguments, constants)
 
-        return launched
-
-    JITFunction.__getitem__ = compile_only
+    JITFunction.__getitem__ = subscript
     backends._why_not_triton = lambda x: None
-    for name, size in itertools.product(targets, sizes):
-        driver.set_active(NoDevice(name))
-        launch.device_class = lambda device, name=name: TARGETS[name][1]
-        with backends.use_backend("triton"):
-            for call in cases(size, dtype):
-                call()
+
+
+def launch_cases(target: str, size: int, dtype: torch.dtype) -> None:
+    """Everything that the ops launch on this target with heads of this size."""
+    driver.set_active(NoDevice(target))
+    launch.device_class = lambda device: TARGETS[target][1]
+    with backends.use_backend("triton"):
+        for call in cases(size, dtype):
+            call()
+
+
+def compile_cases(targets: list[str], sizes: list[int], dtype: torch.dtype, only: str) -> list[Report]:
+    """Of the kernels with `only` in their names."""
+    seen, reports = set(), {}
+
+    def compile_only(kernel, grid, arguments, constants) -> None:
+        if only not in kernel.__name__:
+            return
+        compiled = kernel.run(*arguments, grid=grid, warmup=True, **constants)  # compiles, and runs nothing
+        key = kernel.__name__, driver.active.name, size
+        if (*key, compiled.hash) not in seen:
+            seen.add((*key, compiled.hash))
+            reports.setdefault(key, Report(*key)).add(read(compiled, *key))
+
+    capture(compile_only)
+    for target, size in itertools.product(targets, sizes):
+        launch_cases(target, size, dtype)
     return list(reports.values())
 
 
@@ -325,7 +332,7 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=list(SIZES), help="channels of a head")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--only", help="kernels with this in their name")
+    parser.add_argument("--only", default="", help="kernels with this in their name")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")

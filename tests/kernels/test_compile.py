@@ -1,0 +1,62 @@
+"""Every kernel is compiled for a GPU that is not there, and stays within its bars: a part of what
+`scripts/compile_kernels.py` does for all targets, sizes and flags."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "compile_kernels.py"
+NAMES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, compile_kernels
+names = set()
+compile_kernels.capture(lambda kernel, grid, arguments, constants: names.add(kernel.__name__))
+compile_kernels.launch_cases("cuda:90", 64, torch.bfloat16)
+print(*names)
+"""
+
+
+def python(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_the_cases_launch_every_kernel_in_the_tree(tmp_path):
+    sources = (path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
+    written = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, flags=re.MULTILINE)}
+    assert len(written) > 20
+    done = python("-c", NAMES, str(SCRIPT.parent), cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == written
+
+
+@pytest.mark.parametrize(
+    ("target", "only", "instruction"),
+    [
+        ("cuda:90", "chunk_output_kernel", "HGMMA"),
+        ("cuda:80", "key_scores_kernel", "HMMA"),
+        pytest.param("cuda:90", "chunk_", "HGMMA", marks=pytest.mark.slow),
+        pytest.param("cuda:80", "", "HMMA", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_stay_within_their_bars(tmp_path, target, only, instruction):
+    out = tmp_path / "kernels.json"
+    arguments = ("--targets", target, "--sizes", "64", "--only", only, "--json", str(out))
+    done = python(str(SCRIPT), *arguments, cache=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reports = json.loads(out.read_text())["kernels"]
+    assert reports
+    for report in reports:
+        assert report["registers"] > 0, report
+        if report["products"]:
+            assert instruction in report["matrix_instructions"].split(), report
+            assert report["off_matrix_units"] == 0, report
