@@ -135,7 +135,7 @@ class HybridAttention(InnerMixer):
 
     def _linear(self, q, k, v, state, cu_seqlens) -> Tensor:
         """Every token before n and n itself by the features."""
-        text_lengths(q.shape[:2], cu_seqlens)
+        text_lengths(q.shape[:2], cu_seqlens)  # for its check: the op would count the rows of a group, not tokens
         return grouped_linear_attention(self.q_map(q), *self._written(k, v), state=state, cu_seqlens=cu_seqlens)
 
     def _blocks(self, q, k, v, state, cu_seqlens) -> Tensor:
@@ -155,10 +155,8 @@ class HybridAttention(InnerMixer):
         phi_k = phi_k * blocks.exists[..., None, None]
         late = 1 if self.window_kind == "sliding" else 2
         phi_k, written_v = blocks.before(phi_k, late), blocks.before(written_v, late)
-        if self.window_kind == "sliding" and state is not None:
-            phi_k = (
-                phi_k * blocks.new[..., None, None]
-            )  # the void after the last token pushes nothing out of the window
+        if self.window_kind == "sliding" and state is not None:  # the void at a text's end pushes nothing out of it
+            phi_k = phi_k * blocks.new[..., None, None]
         linear = grouped_linear_attention(
             *(blocks.along_time(x) for x in (phi_q, phi_k, written_v)), state=state, cu_seqlens=blocks.borders
         ).view(*phi_q.shape[:3], -1)

@@ -152,7 +152,7 @@ def test_autocast(name):
     state = start(mixer, 2, torch.bfloat16)
     expected = call(mixer, texts[:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close(call(mixer, texts[:]), expected, 1e-2)
+        assert_close(call(mixer, texts[:]), expected, 1e-2 if name == "liger" else 1e-6)  # Liger's window rounds
         with torch.no_grad():
             assert_close(in_parts(mixer, texts, [7, 1, 1, 3], state), expected, 2e-2)
 
