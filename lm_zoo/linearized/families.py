@@ -94,6 +94,8 @@ def check_teacher(teacher: PreTrainedModel) -> Family:
     if not isinstance(teacher, PreTrainedModel):
         raise UserError(f"the teacher must be a causal language model of transformers, got {type(teacher).__name__}")
     family = family_of(teacher.config)
+    if teacher.config._attn_implementation == "lm_zoo":
+        raise UserError("the teacher is the inside of a LinearizedForCausalLM: give the as_teacher() of that one")
     expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(teacher.config)]
     if not isinstance(teacher, expected):
         raise UserError(

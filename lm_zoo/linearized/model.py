@@ -230,10 +230,6 @@ class LinearizedForCausalLM(CausalLM):
             (folder / f"{CODE_FILE}.py").write_text(CODE, encoding="utf-8")
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Nothing: a saved folder has a file of its own for `trust_remote_code`, and needs no copy of ours."""
-
 
 def _new_teacher(config: LinearizedConfig) -> PreTrainedModel:
     teacher_config = config.build_teacher_config()

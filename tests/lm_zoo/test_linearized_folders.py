@@ -1,5 +1,6 @@
 """Linearized models on disk and in memory: folders that transformers loads, shared weights, and what is refused."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -124,6 +125,19 @@ def test_weights_are_the_teachers_own(name):
     assert not torch.equal(base(IDS).logits, before)
 
 
+@torch.no_grad()
+def test_a_student_can_be_copied_and_begun_again():
+    model = student()
+    copied = copy.deepcopy(model)
+    expected = model(IDS).logits
+    assert torch.equal(copied(IDS).logits, expected)
+    next(copied.parameters()).zero_()
+    assert torch.equal(model(IDS).logits, expected)
+    again = LinearizedForCausalLM.from_teacher(model.as_teacher(), "plain", keep_layers=[0, 1, 2])
+    assert torch.equal(again(IDS).logits, new_teacher("llama")(IDS).logits)
+    assert torch.equal(model(IDS).logits, expected)
+
+
 def test_mixers_come_as_the_teacher_is():
     base = new_teacher("llama").train().bfloat16()
     model = LinearizedForCausalLM.from_teacher(base, "plain", keep_layers=[])
@@ -200,6 +214,8 @@ def test_models_that_are_no_teachers_are_refused():
         check_teacher("llama")
     with pytest.raises(UserError, match="family 'lm_zoo_linearized' cannot be linearized"):
         check_teacher(student())
+    with pytest.raises(UserError, match=r"give the as_teacher\(\) of that one"):
+        check_teacher(student().teacher)
 
 
 @pytest.mark.parametrize(

@@ -251,15 +251,23 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 def test_an_observer_stands_in_for_every_attention(name):
     model, row = student(name), texts()[0]
-    seen = []
+    seen, inputs = [], {}
+
+    def note_input(module, args, kwargs):
+        inputs[module] = [*args, *kwargs.values()]
 
     def observer(module, q, k, v, context):
         assert context.hidden.shape == (1, 12, 32)
+        assert any(given is context.hidden for given in inputs[module])
         turned = context.rotary
         if turned is not None:
             assert turned[0].shape[:2] == turned[1].shape[:2] == (1, 12)
+            assert any(given is turned for given in inputs[module])
         seen.append((module, tuple(q.shape), tuple(k.shape), turned is not None))
         return softmax(module, q, k, v, context)
+
+    for module in model.attention_layers:
+        module.register_forward_pre_hook(note_input, with_kwargs=True)
 
     with model.observed(observer):
         observed = model(row).logits
