@@ -42,16 +42,8 @@ def grouped_linear_attention(
     q = q.unflatten(2, (-1, group)).transpose(2, 3).flatten(1, 2)
     log_decay = None if log_decay is None else first_of_group(log_decay)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens * group
-    o = recur(
-        q,
-        first_of_group(k),
-        first_of_group(v),
-        log_decay,
-        scale=1.0,
-        micro_steps=group,
-        state=state,
-        cu_seqlens=cu_seqlens,
-    )
+    k, v = first_of_group(k), first_of_group(v)
+    o = recur(q, k, v, log_decay, scale=1.0, state=state, cu_seqlens=cu_seqlens)
     return o.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
 
 

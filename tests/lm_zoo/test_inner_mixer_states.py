@@ -59,10 +59,13 @@ def test_a_row_of_another_length_can_be_put_and_moved(name):
         state, other = start(mixer, 2), start(mixer, 1)
         call(mixer, [torch.cat([x, x]) for x in long[:9]], state)
         call(mixer, short[:2], other)
+        state.clone().put(0, other)
         state.put(1, other)
-        state.reorder_(torch.tensor([1, 0]))
         pairs = [[torch.cat(x) for x in zip(short[2 + t : 3 + t], long[9 + t : 10 + t], strict=True)] for t in range(5)]
-        y = torch.cat([call(mixer, pair, state) for pair in pairs], dim=1)
+        swapped = torch.tensor([1, 0])
+        parts = [call(mixer, [x[swapped] for x in pair], state) for pair in pairs[:2]]
+        state.reorder_(swapped)
+        y = torch.cat([part[swapped] for part in parts] + [call(mixer, pair, state) for pair in pairs[2:]], dim=1)
     assert_close(y[:1], whole[1][:, 2:7], 1e-12, "short")
     assert_close(y[1:], whole[0][:, 9:], 1e-12, "long")
 
