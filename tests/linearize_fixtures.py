@@ -2,6 +2,7 @@
 
 import functools
 import random
+from pathlib import Path
 
 import torch
 from tiny_teachers import new_teacher
@@ -11,6 +12,7 @@ from lm_zoo.train.linearize.data import LinearizeData, TextOptions
 from lm_zoo.train.linearize.spec import LinearizeSpec
 from lm_zoo.train.tokenizers import byte_tokenizer
 
+STORIES = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout
 WORDS = ["the", "state", "gate", "token", "decay", "key", "value", "chunk", "scan", "of", "in", "forgets", "writes\n"]
 STAGE = {"tokens": 10_000, "max_epochs": 100, "length": 32, "batch": 4, "learning_rate": 0.02, "validations": 2}
 HYBRID = {"mixer": "hybrid", "options": {"window": 4, "window_kind": "sliding"}}
