@@ -67,6 +67,7 @@ class LinearizedConfig(PreTrainedConfig):
         self.teacher_config = {k: v for k, v in self.teacher_config.items() if k not in LEFT_OUT}
         self.mixer_options = {} if self.mixer_options is None else self.mixer_options
         check_options(self.mixer, self.mixer_options)
+        self.mixer_options = copy.deepcopy(self.mixer_options)
         teacher_config = self.build_teacher_config()
         family_of(teacher_config)
         self.keep_layers = _check_layers(self.keep_layers or [], teacher_config.num_hidden_layers)

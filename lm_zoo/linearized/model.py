@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lm_zoo.cache import ZooCache
 from lm_zoo.causal_lm import IGNORE, CausalLM, read_tokens
+from lm_zoo.errors import UserError
 from lm_zoo.layers import LayerState
 from lm_zoo.layers.kv_state import key_values
 from lm_zoo.linearized.config import CODE_FILE, LinearizedConfig
@@ -94,6 +95,15 @@ class LinearizedForCausalLM(CausalLM):
                 weight = next(attention.parameters())
                 attention.mixer.to(device=weight.device, dtype=weight.dtype)
         return model.train(teacher.training)
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, output_loading_info: bool = False, **options):
+        """As in transformers, but that a folder in which weights are missing is refused."""
+        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{folder} has no weight {missing[0]}{more}: it was not saved whole, or from another model")
+        return (model, info) if output_loading_info else model
 
     def as_teacher(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
         """A transformers model of the same weights with softmax attention in all layers; no weight is copied.

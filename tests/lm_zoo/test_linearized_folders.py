@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from plain_mixer import PlainAttention, plain_mixer
+from safetensors.torch import load_file, save_file
 from tiny_teachers import LAYERS, TEACHERS, VOCAB, new_teacher, teacher, teacher_config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -64,6 +65,23 @@ def test_a_folder_in_another_dtype(tmp_path):
     assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
     assert torch.equal(wide.state_dict()["teacher.lm_head.weight"], model.teacher.lm_head.weight.float())
     assert wide(IDS).logits.dtype == torch.float32
+
+
+def test_a_folder_without_all_weights_is_refused(tmp_path):
+    student("mistral-global").save_pretrained(tmp_path)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, LinearizedForCausalLM)
+    assert not info["missing_keys"]
+    weights = load_file(tmp_path / "model.safetensors")
+    mixer = "teacher.model.layers.0.self_attn.mixer."
+    del weights[mixer + "decay"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{tmp_path} has no weight {mixer}decay: it was not saved whole"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    del weights[mixer + "gate.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="decay and 1 more"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 REMOTE = """

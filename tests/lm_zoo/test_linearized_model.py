@@ -1,6 +1,7 @@
 """LinearizedForCausalLM in every mode, on every family: with all softmax kept it is the teacher, and with inner mixers
 any way of cutting a text, padding a batch or packing it gives the same."""
 
+import inspect
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from plain_mixer import plain_mixer
 from tiny_teachers import LAYERS, TEACHERS, VOCAB, WINDOW, new_teacher, teacher
 
 from lm_zoo import LinearizedForCausalLM
-from lm_zoo.linearized import FAMILIES, softmax
+from lm_zoo.linearized import FAMILIES, INNER_MIXERS, softmax
 
 LENGTHS = (12, 7, 1)  # more than two windows, one and a bit, one token
 SPLITS = ((1,) * 12, (5, 7), (3, 1, 8), (11, 1))
@@ -162,6 +163,22 @@ def test_any_way_of_calling_a_student_is_the_same(name):
     with torch.no_grad():  # one token at a time takes the recurrent step
         for way, logits in every_way(model, rows):
             assert_close(logits, expected, 1e-5, f"{way}, no gradients")
+
+
+@torch.no_grad()
+def test_every_inner_mixer_fits_every_family(name):
+    rows = texts()
+    batch, mask = left_padded(rows)
+    for mixer, kind in INNER_MIXERS.items():
+        options = {"window": 4} if "window" in inspect.signature(kind).parameters else {}
+        model = LinearizedForCausalLM.from_teacher(teacher(name), mixer, options, keep_layers=[1])
+        expected = torch.cat([model(row).logits[0] for row in rows])
+        for way, logits in every_way(model, rows):
+            assert_close(logits, expected, 1e-5, f"{mixer}, {way}")
+        written = [
+            model.generate(batch, attention_mask=mask, max_new_tokens=4, use_cache=cached) for cached in (True, False)
+        ]
+        assert torch.equal(*written), mixer
 
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
