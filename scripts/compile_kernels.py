@@ -261,6 +261,11 @@ def capture(on_launch: Callable[..., None]) -> None:
     backends._why_not_triton = lambda x: None
 
 
+def name_of(kernel: JITFunction) -> str:
+    """With the folder in `kernels/` that it is in."""
+    return f"{kernel.__module__.removeprefix('lm_zoo.kernels.').split('.')[0]}/{kernel.__name__}"
+
+
 def launch_cases(target: str, size: int, dtype: torch.dtype) -> None:
     """Everything that the ops launch on this target with heads of this size."""
     driver.set_active(NoDevice(target))
@@ -275,10 +280,10 @@ def compile_cases(targets: list[str], sizes: list[int], dtype: torch.dtype, only
     seen, reports = set(), {}
 
     def compile_only(kernel, grid, arguments, constants) -> None:
-        if only not in kernel.__name__:
+        if only not in (name := name_of(kernel)):
             return
         compiled = kernel.run(*arguments, grid=grid, warmup=True, **constants)  # compiles, and runs nothing
-        key = kernel.__name__, driver.active.name, size
+        key = name, driver.active.name, size
         if (*key, compiled.hash) not in seen:
             seen.add((*key, compiled.hash))
             reports.setdefault(key, Report(*key)).add(read(compiled, *key))

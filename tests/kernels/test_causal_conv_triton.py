@@ -1,13 +1,8 @@
 """The Triton convolution against the PyTorch one in float64: outputs, states and every gradient."""
 
-import os
-
 import pytest
 import torch
 from compare import assert_close
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from lm_zoo.kernels import causal_conv1d
 from lm_zoo.kernels.causal_conv import triton_conv

@@ -1,13 +1,8 @@
 """The decode kernel against the recurrence in float64: every decay and update, odd sizes, one token and several."""
 
-import os
-
 import pytest
 import torch
 from compare import assert_close
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from lm_zoo.kernels import backends, linear_attention, linear_attention_step
 from lm_zoo.kernels.linear_attention import triton_step

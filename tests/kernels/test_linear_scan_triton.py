@@ -4,14 +4,9 @@ On a machine without a GPU the kernels run in Triton's interpreter, element by e
 """
 
 import itertools
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from compare import assert_close
 
 from lm_zoo.kernels import linear_scan, linear_scan_step

@@ -1,13 +1,8 @@
 """The norms against their equations in float64, in PyTorch and in Triton: outputs and every gradient."""
 
-import os
-
 import pytest
 import torch
 from compare import assert_close
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from lm_zoo.kernels import l2_norm, rms_norm
 from lm_zoo.kernels.norms import triton_norms

@@ -3,14 +3,8 @@
 On a machine without a GPU the kernels run in Triton's interpreter, element by element: everything is tiny.
 """
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from compare import assert_close
 
 from lm_zoo.kernels import selective_scan, selective_scan_step

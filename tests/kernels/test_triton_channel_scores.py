@@ -1,15 +1,10 @@
 """Scores under a decay per key channel, in Triton: against the PyTorch pass in float64, and against the plain formula,
 which takes every exponent pair by pair, and its gradients by autograd."""
 
-import os
-
 import pytest
 import torch
 from compare import assert_close
 from torch.nn import functional as F
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from lm_zoo.kernels.linear_attention import torch_passes
 from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH as C

@@ -6,14 +6,10 @@ side keeps them in.
 """
 
 import inspect
-import os
 
 import torch
 from compare import assert_close
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from lm_zoo.kernels.linear_attention import torch_passes, triton_passes
 from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH
