@@ -52,7 +52,9 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     def _cache_dtype(self) -> torch.dtype:
         """The dtype of the activations."""
         kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # not on the meta device
+            return torch.get_autocast_dtype(kind)
+        return self.dtype
 
     def forward(
         self,

@@ -156,6 +156,14 @@ def test_a_student_can_be_copied_and_begun_again():
     assert torch.equal(model(IDS).logits, expected)
 
 
+def test_bytes_of_a_model_that_is_not_there():
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(teacher_config("llama"))
+        model = LinearizedForCausalLM.from_teacher(base, "plain", keep_layers=[1])
+        assert model.init_cache(2).nbytes == student().init_cache(2).nbytes
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_mixers_come_as_the_teacher_is():
     base = new_teacher("llama").train().bfloat16()
     model = LinearizedForCausalLM.from_teacher(base, "plain", keep_layers=[])
