@@ -30,7 +30,7 @@ def start(tmp_path):
             small_spec() if spec is None else spec,
             data=TextOptions(files=files, cache_dir=tmp_path / "cache"),
             output=tmp_path / output,
-            tokenizer=tokenizer() if teacher is None else None,
+            tokenizer=tokenizer(),
             **{"log": lambda line: None, "prompt": "the state", **options},
         )
 
@@ -113,6 +113,22 @@ def test_all_layers_kept_is_the_teacher(start) -> None:
     assert report["times_the_teachers"] == 1
     ids = torch.tensor([list(b"the state of the token")])
     assert_close(student(ids).logits, byte_teacher()(ids).logits, 1e-5)
+
+
+def test_mixers_of_a_16_bit_teacher_are_trained_in_32_bits(start, tmp_path, monkeypatch) -> None:
+    seen = set()
+    after_step = Run._after_step
+
+    def note(run):
+        seen.update(parameter.dtype for parameter in run.loop.parameters.values())
+        after_step(run)
+
+    monkeypatch.setattr(Run, "_after_step", note)
+    _, report = start(teacher=byte_teacher().bfloat16(), spec=small_spec(transfer=20, recover=2))
+    assert seen == {torch.float32}
+    assert max(report["layer_error"]["after"]) < max(report["layer_error"]["before"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
 def test_the_best_weights_are_kept(start) -> None:

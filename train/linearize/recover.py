@@ -140,4 +140,8 @@ def _adapters(student: LinearizedForCausalLM, options: Recover, seed: int):
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return peft.LoraModel(student, config, "default")
+        adapters = peft.LoraModel(student, config, "default")
+    for name, parameter in student.named_parameters():
+        if "lora_" in name:  # 16 bits are too coarse to train in
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return adapters

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from lm_zoo.errors import UserError
+from lm_zoo.errors import UserError, one_line
 from lm_zoo.files import whole_folder
 from lm_zoo.linearized import LinearizedForCausalLM
 from lm_zoo.linearized.interface import softmax
@@ -86,7 +86,8 @@ class Run:
         self.student = LinearizedForCausalLM.from_teacher(
             self.teacher, self.spec.mixer, dict(self.spec.options), list(self.spec.keep_layers)
         ).eval()
-        self.device = self.student.device
+        self.device, self.dtype = self.student.device, self.student.dtype
+        self._cast_mixers(torch.promote_types(self.dtype, torch.float32))  # 16 bits are too coarse to train in
         if self.spec.transfer is not None:
             transfer.check_trainable(self.student)
         self.options = data if isinstance(data, TextOptions) else TextOptions(files=_as_files(data))
@@ -111,7 +112,7 @@ class Run:
                     self._load_data(dataclasses.replace(self.options, files=(str(texts),), cache_dir=cache))
                 self._stages(state)
                 report = self._finish()
-        except UserError:
+        except Exception:
             if not (self.work.path / "checkpoint.pt").is_file() or self._has_diverged:
                 self.work.remove()
             raise
@@ -214,6 +215,10 @@ class Run:
         for name, parameter in transfer.mixer_parameters(self.student).items():
             parameter.copy_(saved[name])
 
+    def _cast_mixers(self, dtype: torch.dtype) -> None:
+        for attention in controls.replaced_layers(self.student):
+            attention.mixer.to(dtype)
+
     @property
     def _has_diverged(self) -> bool:
         return self.loop is not None and self.loop.has_diverged
@@ -235,6 +240,7 @@ class Run:
         self.measured["layer_error"] = {"before": self._layer_errors(), "after": None}
 
     def _measure_end(self) -> None:
+        self._cast_mixers(self.dtype)
         values = self.measured["perplexity"]
         final = controls.perplexity(self.student, self.measuring, self.spec.measure_tokens)
         if controls.has_window(self.student):
@@ -272,10 +278,15 @@ class Run:
             **self.measured,
             "spec": self.spec.as_dict(),
         }
-        with whole_folder(self.output) as unfinished:
-            self.student.save_pretrained(unfinished)
-            self.tokenizer.save_pretrained(unfinished)
-            write_report(report, unfinished)
+        try:
+            with whole_folder(self.output) as unfinished:
+                self.student.save_pretrained(unfinished)
+                self.tokenizer.save_pretrained(unfinished)
+                write_report(report, unfinished)
+        except Exception as error:
+            if "os error" not in str(error):  # what safetensors and tokenizers call a full disk
+                raise
+            raise UserError(f"cannot save {self.output}: {one_line(error)}; free some space") from error
         return report
 
     def _identity(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class WorkFolder:
         if resume:
             self._check_identity(identity)
             return
+        shutil.rmtree(self.path, ignore_errors=True)  # of a run that was killed before its first checkpoint
         with whole_file(self.path / "run.json") as unfinished:
             unfinished.write_text(json.dumps(identity, indent=2), encoding="utf-8")
 
