@@ -24,7 +24,7 @@ workers=()
 if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("xdist") is None)'; then
   workers=(-n 8) # most of the time is compiling, one process at a time
 fi
-"$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/kernels -m "not slow"
+"$python" -m pytest -q -p no:cacheprovider -p no:benchmark "${workers[@]}" tests/kernels -m "not slow"
 [ "${1:-}" = --tests ] && exit
 
 name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
