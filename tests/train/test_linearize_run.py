@@ -237,6 +237,18 @@ def test_the_teacher_can_write_the_text_itself(start, tmp_path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "text.txt", "first", "second"} - {"cache"}
 
 
+def test_what_the_teacher_writes_is_only_trained_on(start) -> None:
+    """Beside the given text, of which the same part is held out."""
+    stage_of = {"tokens": 10**6, "max_epochs": 1}
+    spec = small_spec(transfer=stage(1) | stage_of, recover=None)
+    _, without = start("without", spec)
+    _, more = start("more", spec, overrides={"self_tokens": 2000})
+    assert more["held_out_tokens"] == without["held_out_tokens"]
+    assert more["perplexity"]["untrained"] == without["perplexity"]["untrained"]
+    added = more["stages"]["transfer"]["tokens"] - without["stages"]["transfer"]["tokens"]
+    assert added > 1500
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -63,6 +63,11 @@ class TextOptions:
         options = {"text_column": self.text_column, "separator": self.separator, "streaming": self.streaming}
         return file_source(find_files(files), **options)
 
+    def corpus(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+        """The tokens of a source, made once and kept in the cache."""
+        cache = Path(self.cache_dir).expanduser().absolute()
+        return Corpus(tokenise(Trimmed(source), tokenizer, cache, max_tokens=self.max_tokens))
+
 
 @dataclass(frozen=True)
 class Trimmed:
@@ -152,10 +157,28 @@ class Texts:
         return np.concatenate(parts).astype(np.int64)
 
 
+class Joined:
+    """Several `Texts` as one, in order."""
+
+    def __init__(self, parts: Sequence[Texts]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        part = bisect.bisect_right(self._starts, index) - 1
+        return self._parts[part][index - int(self._starts[part])]
+
+    def lengths(self) -> list[int]:
+        return [length for part in self._parts for length in part.lengths()]
+
+
 class PackedRows:
     """Rows of at most `length` tokens, each of whole texts; row i is a list of texts."""
 
-    def __init__(self, texts: Texts, length: int) -> None:
+    def __init__(self, texts: Texts | Joined, length: int) -> None:
         self.texts = texts
         self.rows = pack(texts.lengths(), length)
 
@@ -184,20 +207,21 @@ class LinearizeData:
     """The text of one linearization, in three parts that share no document where the text has enough of them.
 
     `training` is learnt from, `choosing` says which weights were the best, and `measuring` gives the reported numbers.
+    `sampled` is text of the teacher's own, which is learnt from as well.
     """
 
     training: Selection
     choosing: Selection
     measuring: Selection
     tokenizer: PreTrainedTokenizerBase
+    sampled: Selection | None = None
 
     @classmethod
     def load(cls, options: TextOptions, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> LinearizeData:
         check_tokenizer(tokenizer)
-        cache = Path(options.cache_dir).expanduser().absolute()
 
         def corpus(source: Source) -> Corpus:
-            return Corpus(tokenise(Trimmed(source), tokenizer, cache, max_tokens=options.max_tokens))
+            return options.corpus(source, tokenizer)
 
         everything = corpus(options.source())
         if options.val_files:
@@ -209,7 +233,10 @@ class LinearizeData:
 
     def rows(self, part: str, length: int) -> PackedRows:
         """The rows of the part "training", "choosing" or "measuring"."""
-        rows = PackedRows(Texts(getattr(self, part), self.tokenizer, length), length)
+        texts = Texts(getattr(self, part), self.tokenizer, length)
+        if part == "training" and self.sampled is not None:
+            texts = Joined([texts, Texts(self.sampled, self.tokenizer, length)])
+        rows = PackedRows(texts, length)
         if not len(rows):
             what = "to train on" if part == "training" else "held out"
             raise UserError(f"there is no text {what}; give more of it, or another part with --val-fraction")

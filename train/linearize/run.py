@@ -22,10 +22,11 @@ from lm_zoo.train.linearize.data import LinearizeData, TextOptions, check_tokeni
 from lm_zoo.train.linearize.loop import StageLoop
 from lm_zoo.train.linearize.recover import Recovery
 from lm_zoo.train.linearize.report import write_report
-from lm_zoo.train.linearize.sampling import SELF, sample_texts
+from lm_zoo.train.linearize.sampling import MOST_TOKENS, SELF, sample_texts
 from lm_zoo.train.linearize.spec import LinearizeSpec
 from lm_zoo.train.linearize.teacher import load_teacher, positions
 from lm_zoo.train.linearize.work import Signals, WorkFolder, check_output
+from lm_zoo.train.packing import Selection
 from lm_zoo.train.quiet import quiet_libraries
 
 Data = str | Path | list | tuple | TextOptions
@@ -106,10 +107,12 @@ class Run:
         try:
             with self.signals.listening():
                 if samples_itself:
-                    texts = self.work.path / "self.jsonl"
-                    sample_texts(self.teacher, self.tokenizer, texts, self._tokens_wanted(), self.spec, self.log)
-                    cache = self.work.path / "cache"
-                    self._load_data(dataclasses.replace(self.options, files=(str(texts),), cache_dir=cache))
+                    tokens = min(MOST_TOKENS, max(stage.tokens for stage in self.spec.stages.values()))
+                    self._load_data(self._sampled(tokens))
+                elif self.spec.self_tokens > 0:
+                    options = self._sampled(self.spec.self_tokens)
+                    sampled = Selection.all_of(options.corpus(options.source(), self.tokenizer))
+                    self.data = dataclasses.replace(self.data, sampled=sampled)
                 self._stages(state)
                 report = self._finish()
         except Exception:
@@ -122,6 +125,14 @@ class Run:
     def _load_data(self, options: TextOptions) -> None:
         self.data = LinearizeData.load(options, self.tokenizer, self.spec.val_fraction)
         self.measuring = self.data.rows("measuring", self.spec.length)
+
+    def _sampled(self, tokens: int) -> TextOptions:
+        """Where text that the teacher wrote itself lies."""
+        texts = self.work.path / "self.jsonl"
+        sample_texts(self.teacher, self.tokenizer, texts, tokens, self.spec, self.log)
+        return dataclasses.replace(
+            self.options, files=(str(texts),), dataset=None, text_column="text", cache_dir=self.work.path / "cache"
+        )
 
     # ---- stages ----------------------------------------------------------------------------------------------------
 
@@ -295,9 +306,6 @@ class Run:
         if self.data is not None:
             text["tokens of text"] = self.data.training.num_tokens
         return {"teacher": self.name, **text, "spec": self.spec.as_dict()}
-
-    def _tokens_wanted(self) -> int:
-        return max(stage.tokens for stage in self.spec.stages.values())
 
 
 def fitting(spec: LinearizeSpec, teacher: PreTrainedModel) -> LinearizeSpec:

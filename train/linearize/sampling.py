@@ -15,8 +15,8 @@ from lm_zoo.train.linearize.data import prefix
 from lm_zoo.train.linearize.spec import LinearizeSpec
 
 SELF = "self"  # in the place of a file name
-TEXTS_AT_A_TIME = 32
-MOST_TOKENS = 200_000  # sampling is slow beside training: more passes over these cost less
+TEXTS_AT_A_TIME = 64
+MOST_TOKENS = 200_000  # where there is no other text: sampling is slow beside training, another pass costs less
 
 
 def sample_texts(
@@ -38,7 +38,7 @@ def sample_texts(
         or [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
     )
     ends = {token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None}
-    tokens, count = min(tokens, MOST_TOKENS), 0
+    count = 0
     log(f"sampling {tokens:,} tokens from the teacher")
     with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file, torch.random.fork_rng():
         torch.manual_seed(spec.seed)

@@ -138,6 +138,8 @@ class LinearizeSpec:
         options: its keyword arguments.
         keep_layers: layers that keep the teacher's softmax attention, counted from 0; negative ones from the last.
         transfer, recover: the stages; `None` leaves one out.
+        self_tokens: of text that the teacher writes itself, to train on beside the given text: a small text is soon
+            known by heart, and what the teacher does can be learnt from its own.
         val_fraction: part of the text that is held out, where no validation text is given.
         measure_tokens: held-out tokens that the controls are measured on, at most.
         seed: of the order of the text and of the adapters.
@@ -148,6 +150,7 @@ class LinearizeSpec:
     keep_layers: tuple[int, ...] = ()
     transfer: Transfer | None = None
     recover: Recover | None = None
+    self_tokens: int = 0
     val_fraction: float = 0.1
     measure_tokens: int = 131_072
     seed: int = 0
@@ -156,6 +159,7 @@ class LinearizeSpec:
         _check_types(self)
         _check(self, "val_fraction", 0 < self.val_fraction < 1, "must be between 0 and 1")
         _check(self, "measure_tokens", self.measure_tokens >= 1, "must be at least 1")
+        _check(self, "self_tokens", self.self_tokens >= 0, "must not be negative")
         _check(self, "seed", self.seed >= 0, "must not be negative")
         if self.options.get("window") == 0 and "window_kind" in self.options:
             raise UserError("options.window=0 leaves no window, and this preset needs one; give 1 or more, or hedgehog")
