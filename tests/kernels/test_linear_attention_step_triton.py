@@ -97,8 +97,9 @@ def test_one_token_without_a_time_dimension_and_any_split(decay, delta):
 
     outputs.append(step(cut(0) | {"state": state}, "triton")[0][:, None])
     outputs += [step(cut(slice(*at)) | {"state": state}, "triton")[0] for at in ((1, 2), (2, 5))]
-    assert torch.equal(torch.cat(outputs, dim=1), whole)
-    assert torch.equal(state, whole_state)
+    # Not to the bit: on a GPU a single token is a kernel of its own, whose sums may be fused in another way.
+    assert_close(torch.cat(outputs, dim=1), whole, 1e-6)
+    assert_close(state, whole_state, 1e-6)
 
 
 def test_hard_resets_leave_no_nan():
@@ -145,7 +146,7 @@ def test_views_of_larger_tensors(backend):
 def test_a_float64_state_falls_to_torch():
     inputs = make("token", True)
     wanted, wanted_state = expected(inputs)
-    backends._warn_once.cache_clear()
+    backends._warned.clear()
     with pytest.warns(RuntimeWarning, match="falls back from Triton to PyTorch: .*float64"):
         o, state = step(inputs, "triton")
     assert_close(o, wanted, 1e-12)

@@ -129,7 +129,7 @@ def test_compiles_whole():
         ({"gate": torch.zeros(2, 5)}, ValueError, r"^gate must be as x = \[2, 6\], got \[2, 5\]"),
         ({"gate": torch.zeros(2, 6, device="meta")}, ValueError, "^gate is on meta"),
         ({"backend": "cuda"}, ValueError, "^backend must be one of"),
-        ({"x": torch.zeros(2, 6).double(), "backend": "triton"}, ValueError, "cannot run here.*float64"),
+        ({"x": torch.zeros(2, 6).double(), "backend": "triton"}, ValueError, "cannot run here"),
     ],
 )
 def test_bad_input_names_the_argument(changes, error, message):
