@@ -107,7 +107,9 @@ class Run:
         try:
             with self.signals.listening():
                 if samples_itself:
-                    tokens = min(MOST_TOKENS, max(stage.tokens for stage in self.spec.stages.values()))
+                    tokens = min(
+                        MOST_TOKENS, max((stage.tokens for stage in self.spec.stages.values()), default=MOST_TOKENS)
+                    )
                     self._load_data(self._sampled(tokens))
                 elif self.spec.self_tokens > 0:
                     options = self._sampled(self.spec.self_tokens)
@@ -130,9 +132,8 @@ class Run:
         """Where text that the teacher wrote itself lies."""
         texts = self.work.path / "self.jsonl"
         sample_texts(self.teacher, self.tokenizer, texts, tokens, self.spec, self.log)
-        return dataclasses.replace(
-            self.options, files=(str(texts),), dataset=None, text_column="text", cache_dir=self.work.path / "cache"
-        )
+        place = {"files": (str(texts),), "dataset": None, "text_column": "text", "cache_dir": self.work.path / "cache"}
+        return dataclasses.replace(self.options, **place, streaming=False)
 
     # ---- stages ----------------------------------------------------------------------------------------------------
 
