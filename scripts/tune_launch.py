@@ -15,9 +15,10 @@ import torch
 from triton.testing import do_bench
 
 from lm_zoo.kernels.linear_attention import triton_passes as passes
-from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch
+from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch, device_class
 
 SHAPES = {64: (8, 4096, 32), 128: (1, 8192, 96), 256: (4, 2048, 32)}  # size of a head: B, T, H
+DEVICE = torch.device("cuda")
 VARIANTS = [("none", False), ("token", False), ("token", True), ("channel", False), ("channel", True)]
 BLOCKS = {
     "chunk_states_kernel": (16, 32, 64),
@@ -80,18 +81,22 @@ def passes_of(decay: str, delta: bool, shape: tuple[int, ...], size: int) -> dic
     return calls
 
 
+def entries(key: str) -> dict[int, Launch]:
+    return TABLE.get((key, device_class(DEVICE))) or TABLE[key, "large"]
+
+
 def candidates(key: str) -> list[Launch]:
     return [Launch(*values) for values in itertools.product(BLOCKS[key], (4, 8), (1, 2))]
 
 
 def with_entry(key: str, size: int, entry: Launch, call: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
-        before = TABLE[key, "large"]
-        TABLE[key, "large"] = before | {size: entry}
+        before = entries(key)
+        TABLE[key, device_class(DEVICE)] = before | {size: entry}
         try:
             return call()
         finally:
-            TABLE[key, "large"] = before
+            TABLE[key, device_class(DEVICE)] = before
 
     return run
 
@@ -128,7 +133,7 @@ def main() -> None:
         pool.starmap(compile_share, jobs, chunksize=1)
     for size, variant in itertools.product(arguments.sizes, variants):
         for key, call in passes_of(*variant, SHAPES[size], size).items():
-            present = TABLE[key, "large"][size]
+            present = entries(key)[size]
             times = {c: attempt(with_entry(key, size, c, call), time=True) for c in candidates(key)}
             times = {c: ms for c, ms in times.items() if ms is not None}
             now = attempt(with_entry(key, size, present, call), time=True)

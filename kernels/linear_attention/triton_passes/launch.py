@@ -2,8 +2,9 @@
 is the same, and a sequence's result does not depend on what else is in the batch.
 
 Keys are the kernel, the class of the device and the size of a head, rounded up to 64, 128 or 256. A class is what the
-device has of shared memory per block: "large" (160 kB and more: A100, H100, B200) or "small" (99 kB consumer cards, and
-64 kB on AMD).
+device has of shared memory per block: "large" (160 kB and more: A100) or "small" (99 kB consumer cards, and 64 kB on
+AMD); "hopper" is large with matrix units that work on whole tiles (H100, H200, B200), and takes the entries of "large"
+where it has none of its own. `scripts/tune_launch.py` finds entries on a GPU.
 """
 
 from functools import cache
@@ -28,14 +29,17 @@ TABLE: dict[tuple[str, str], dict[int, Launch]] = {}
 def device_class(device: torch.device) -> str:
     if device.type != "cuda":
         return "large"  # the interpreter, where it does not matter
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return "large" if memory >= LARGE_SHARED_MEMORY else "small"
+    properties = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY:
+        return "small"
+    return "hopper" if properties.major >= 9 and torch.version.hip is None else "large"
 
 
 def launch(kernel: str, x: Tensor, size: int) -> Launch:
     """For `kernel` on tensors like x whose heads have up to `size` channels. float32 needs twice the room, and takes
     the entry of the small class with half the channels per program, at least 16."""
     wide = x.dtype == torch.float32
-    entries = TABLE[kernel, "small" if wide else device_class(x.device)]
+    name = "small" if wide else device_class(x.device)
+    entries = TABLE.get((kernel, name)) or TABLE[kernel, "large"]
     entry = entries[next(bucket for bucket in sorted(entries) if size <= bucket)]
     return entry._replace(block=max(16, entry.block // 2)) if wide else entry
