@@ -52,7 +52,8 @@ def test_each_pass_equals_its_twin(layout, dtype, decay, delta):
             twins.values["state"] = initial
 
 
-def test_inverse_has_the_accuracy_of_substitution():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_inverse_has_the_accuracy_of_substitution(dtype):
     """Keys that nearly agree, and a strong beta: the inverse is large, and its powers would have to cancel."""
     generator = torch.Generator().manual_seed(0)
     k = torch.nn.functional.normalize(1 + 0.02 * torch.randn(1, 64, 1, 16, generator=generator), dim=-1).to(DEVICE)
@@ -62,9 +63,13 @@ def test_inverse_has_the_accuracy_of_substitution():
     whole = eye + 2 * A_kk[0, :, 0]
     exact = torch.linalg.inv(whole.double())
     assert exact.norm() > 50
-    T = triton_passes.delta_transform(A_kk, beta, triton_passes.cut(k, k, None))[0, :, 0]
+    q = k.to(dtype)
+    T = triton_passes.delta_transform(A_kk, beta, triton_passes.cut(q, q, None))[0, :, 0]
     substitution = torch.linalg.solve_triangular(whole, eye, upper=False, unitriangular=True)
-    assert relative_error(T, exact) < 2 * relative_error(substitution, exact)
+    if dtype == torch.float32:
+        assert relative_error(T, exact) < 2 * relative_error(substitution, exact)
+    else:  # twice: to bfloat16 the interpreter cuts off where a GPU rounds
+        assert relative_error(T, exact) < 2.2 * relative_error(exact.to(dtype), exact)
     assert (T.triu(1) == 0).all()
 
 

@@ -18,18 +18,18 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 TABLE["delta_apply_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
 TABLE["delta_apply_kernel", "small"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
 BLOCK: tl.constexpr = tl.constexpr(16)  # of the inverse: a chunk has 4 x 4
-# Products with the accuracy of float32, on matrix units: each factor as a sum of three bfloat16. The interpreter, which
-# does not know it, computes in float32.
-ACCURATE = "bf16x6"
 
 
 def delta_transform(A_kk: Tensor, beta: Tensor, segment: Segment) -> Tensor:
-    """In the dtype of q, computed in float32; A_kk may have fewer heads, then it is shared by groups of value heads."""
+    """In the dtype of q, from float32; A_kk may have fewer heads, then it is shared by groups of value heads."""
     B, T, HV = beta.shape
     transform = A_kk.new_empty(B, T, HV, C.value, dtype=segment.dtype)
+    # On matrix units, each factor the sum of three bfloat16, as accurate as float32, or of two, where T is rounded to
+    # bfloat16 anyway. The interpreter knows neither.
+    precision = "bf16x3" if segment.dtype == torch.bfloat16 else "bf16x6"
     delta_transform_kernel[segment.chunks, HV](
         A_kk, beta, transform, segment.bounds, segment.length, A_kk.shape[2], HV,
-        PRECISION="ieee" if triton.knobs.runtime.interpret else ACCURATE, num_warps=1, num_stages=1,
+        PRECISION="ieee" if triton.knobs.runtime.interpret else precision, num_warps=2, num_stages=1,
     )  # fmt: skip
     return transform
 
@@ -54,79 +54,69 @@ def delta_apply(
 def delta_transform_kernel(A_kk, beta, transform, bounds, T, HA, HV, PRECISION: tl.constexpr):
     """T = (I + L)^-1 with L = diag(beta) A_kk, one chunk and one value head per program.
 
-    In blocks of 16: those on the diagonal are T_ii = (I + L_ii)^-1, those below follow from what stands above them,
-    T_ij = -T_ii sum_{j <= n < i} L_in T_nj. All of it has the accuracy of substitution in float32; a series in powers
-    of L would have to cancel.
+    The blocks of 16 on the diagonal are inverted first, then those of 32 and the whole from their halves. That is as
+    accurate as substitution; a series in powers of L would have to cancel.
+
+    All blocks of one size are one batched tile, and the levels inside the blocks of 16 are a loop that stays one:
+    written out one by one, the products take the compiler 20 s and more.
     """
     head = tl.program_id(1)
     start, end = chunk_tokens(tl.program_id(0), bounds, T)
     length = (end - start).to(tl.int32)
     A_kk += (start * HA + head // (HV // HA)) * C
     beta += start * HV + head
-    transform += (start * HV + head) * C
+    transform += start * HV * C
 
-    T00 = block_inverse(load_block(A_kk, beta, 0, 0, length, HA, HV), PRECISION)
-    T11 = block_inverse(load_block(A_kk, beta, 1, 1, length, HA, HV), PRECISION)
-    T22 = block_inverse(load_block(A_kk, beta, 2, 2, length, HA, HV), PRECISION)
-    T33 = block_inverse(load_block(A_kk, beta, 3, 3, length, HA, HV), PRECISION)
-    L10 = load_block(A_kk, beta, 1, 0, length, HA, HV)
-    L20 = load_block(A_kk, beta, 2, 0, length, HA, HV)
-    L21 = load_block(A_kk, beta, 2, 1, length, HA, HV)
-    L30 = load_block(A_kk, beta, 3, 0, length, HA, HV)
-    L31 = load_block(A_kk, beta, 3, 1, length, HA, HV)
-    L32 = load_block(A_kk, beta, 3, 2, length, HA, HV)
-    T10 = -product(T11, product(L10, T00, PRECISION), PRECISION)
-    T21 = -product(T22, product(L21, T11, PRECISION), PRECISION)
-    T32 = -product(T33, product(L32, T22, PRECISION), PRECISION)
-    T20 = -product(T22, product(L20, T00, PRECISION) + product(L21, T10, PRECISION), PRECISION)
-    T31 = -product(T33, product(L31, T11, PRECISION) + product(L32, T21, PRECISION), PRECISION)
-    sum30 = product(L30, T00, PRECISION) + product(L31, T10, PRECISION) + product(L32, T20, PRECISION)
-    T30 = -product(T33, sum30, PRECISION)
-
-    zero = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    store_blocks(transform, 0, T00, zero, zero, zero, length, HV)
-    store_blocks(transform, 1, T10, T11, zero, zero, length, HV)
-    store_blocks(transform, 2, T20, T21, T22, zero, length, HV)
-    store_blocks(transform, 3, T30, T31, T32, T33, length, HV)
+    X = small_inverses(load_blocks(A_kk, beta, BLOCK, BLOCK, 0, length, HA, HV), PRECISION)
+    X = inverses(X, load_blocks(A_kk, beta, BLOCK, 2 * BLOCK, BLOCK, length, HA, HV), PRECISION)
+    X = inverses(X, load_blocks(A_kk, beta, 2 * BLOCK, 4 * BLOCK, 2 * BLOCK, length, HA, HV), PRECISION)
+    i = tl.arange(0, C)
+    store_tokens(transform, tl.reshape(X, [C, C]), i, length, head, HV, i, C)
 
 
 @triton.jit
-def block_inverse(L, PRECISION: tl.constexpr):
-    """X = (I + L)^-1 of a block. Its own blocks on the diagonal are inverted first, of size 2, 4, 8 and 16: with E what
-    of L the doubled size adds, X <- X - X E X, which is -Q^-1 R P^-1 below the diagonal of [[P, 0], [R, Q]]."""
-    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    X = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, L, 0.0)
-    for level in tl.static_range(1, 4):
-        added = (row >> level != column >> level) & (row >> (level + 1) == column >> (level + 1))
-        X -= product(X, product(tl.where(added, L, 0.0), X, PRECISION), PRECISION)
+def small_inverses(L, PRECISION: tl.constexpr):
+    """X = (I + L)^-1 of blocks `[4, 16, 16]`. Their own blocks on the diagonal are inverted first, of size 2, 4, 8 and
+    16: with E what of L the doubled size adds, X <- X - X E X, as in `inverses`."""
+    i = tl.arange(0, BLOCK)
+    differ = (i[:, None] ^ i[None, :])[None, :, :]  # its highest bit is the level
+    X = tl.where(differ == 0, 1.0, 0.0) - tl.where(differ == 1, L, 0.0)
+    for level in range(1, 4):
+        E = tl.where(differ >> level == 1, L, 0.0)
+        X -= product(X, product(E, X, PRECISION), PRECISION)
     return X
 
 
 @triton.jit
-def load_block(A_kk, beta, row: tl.constexpr, column: tl.constexpr, length, HA, HV):
-    """Block (row, column) of L = diag(beta) A_kk, 0 past the end of the chunk."""
-    i = tl.arange(0, BLOCK)
-    token = row * BLOCK + i
-    A = tl.load(A_kk + token[:, None] * HA * C + column * BLOCK + i[None, :], mask=(token < length)[:, None], other=0.0)
-    return A.to(tl.float32) * load_gates(beta, token, length, 0, HV)[:, None]
+def inverses(X, R, PRECISION: tl.constexpr):
+    """[[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]], blocks `[n, 2s, 2s]` of X `[2n, s, s]`, which holds P^-1
+    and Q^-1 in turn, and R `[n, s, s]`."""
+    n: tl.constexpr = R.shape[0]
+    s: tl.constexpr = R.shape[1]
+    P, Q = tl.split(tl.permute(tl.reshape(X, [n, 2, s, s]), 0, 2, 3, 1))
+    upper = tl.join(P, tl.zeros_like(P))
+    lower = tl.join(-product(Q, product(R, P, PRECISION), PRECISION), Q)
+    return tl.reshape(tl.permute(tl.join(upper, lower), 0, 4, 1, 3, 2), [n, 2 * s, 2 * s])
 
 
 @triton.jit
-def store_blocks(transform, row: tl.constexpr, a, b, c, d, length, HV):
-    """The four blocks of a row, next to each other."""
-    token = row * BLOCK + tl.arange(0, BLOCK)
-    i = tl.arange(0, BLOCK)
-    at = transform + token[:, None] * HV * C + i[None, :]
-    mask = (token < length)[:, None]
-    dtype: tl.constexpr = transform.dtype.element_ty
-    tl.store(at, a.to(dtype), mask=mask)
-    tl.store(at + BLOCK, b.to(dtype), mask=mask)
-    tl.store(at + 2 * BLOCK, c.to(dtype), mask=mask)
-    tl.store(at + 3 * BLOCK, d.to(dtype), mask=mask)
+def load_blocks(A_kk, beta, SIZE: tl.constexpr, STEP: tl.constexpr, below: tl.constexpr, length, HA, HV):
+    """`[n, SIZE, SIZE]` of L = diag(beta) A_kk: a block each STEP tokens, `below` the diagonal. 0 past the end."""
+    i = tl.arange(0, SIZE)
+    first = tl.arange(0, C // STEP) * STEP
+    column = (first[:, None] + i[None, :])[:, None, :]
+    token = (first + below)[:, None] + i[None, :]
+    A = tl.load(A_kk + token[:, :, None] * HA * C + column, mask=(token < length)[:, :, None], other=0.0)
+    return A.to(tl.float32) * load_gates(beta, token, length, 0, HV)[:, :, None]
 
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
+    """Of tiles `[n, s, s]`. A batch of one goes as an ordinary product: Triton 3.6 shares out only the batch among the
+    warps, so they would all compute the same."""
+    s: tl.constexpr = a.shape[1]
+    if a.shape[0] == 1:
+        return tl.dot(tl.reshape(a, [s, s]), tl.reshape(b, [s, s]), input_precision=PRECISION)[None, :, :]
     return tl.dot(a, b, input_precision=PRECISION)
 
 
