@@ -155,6 +155,8 @@ def test_gradients_of_heads_that_share_keys(decay):
 @UPDATES
 @EVERY_DECAY
 def test_gradients_in_float16(decay, delta):
+    if DEVICE == "cuda" and delta and decay == "scalar":
+        pytest.skip("the op refuses it there: see _not_in_triton")
     inputs = make_inputs(decay, delta, T=67, HV=1, K=40, V=72, dtype=torch.float16)
     check(inputs, 5e-3, torch.float16)
 
