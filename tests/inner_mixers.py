@@ -40,7 +40,10 @@ class Texts:
 
     def __init__(self, batch, length, seed=1, heads=(4, 2), dtype=torch.float64):
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda count: torch.randn(batch, length, count, D, dtype=torch.float64, generator=generator)  # noqa: E731
+
+        def draw(count):
+            return torch.randn(batch, length, count, D, dtype=torch.float64, generator=generator)
+
         self.plain_q, self.plain_k, self.v = draw(heads[0]), draw(heads[1]), draw(heads[1]).to(dtype)
         angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.1])
         self.turn = torch.polar(torch.full_like(angle, 1.2), angle)[None]  # [1, T, R / 2]

@@ -72,7 +72,9 @@ def linear_attention(
         state that is not finite; the message names the argument.
     """
     _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens)
-    backend = choose(backend, q, unsupported=_not_in_triton(q, v, log_decay, beta))
+    inputs = (q, k, v, log_decay, beta, initial_state)
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    backend = choose(backend, q, unsupported=_not_in_triton(q, v, log_decay, beta, trains))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:2], -1)
@@ -85,11 +87,11 @@ def linear_attention(
     return o.to(v.dtype), final_state if output_final_state else None
 
 
-def _not_in_triton(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> str | None:
+def _not_in_triton(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, trains: bool) -> str | None:
     if (size := max(q.shape[-1], v.shape[-1])) > LARGEST_HEAD:
         return f"its tiles hold heads of at most {LARGEST_HEAD} channels, got {size}"
     per_token = beta is not None and log_decay is not None and log_decay.dim() < 4
-    if q.is_cuda and q.dtype == torch.float16 and per_token and torch.is_grad_enabled():
+    if q.is_cuda and q.dtype == torch.float16 and per_token and trains:
         # Measured on an H200 with Triton 3.6; bfloat16 and float32 are right there, and so is the forward pass.
         return "its float16 gradients of the delta rule with a decay per token are 2 % off: use bfloat16"
     return None
