@@ -9,9 +9,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from lm_zoo.config import ZooConfig
 from lm_zoo.errors import UserError, one_line
 from lm_zoo.eval.loading import load_model
 from lm_zoo.linearized.families import check_teacher, family_of
+from lm_zoo.llama import as_llama, llama_config
+from lm_zoo.model import ZooForCausalLM
 
 BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 
@@ -22,6 +25,8 @@ def load_config(name: str | Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name)
     except BROKEN as error:
         raise UserError(f"cannot read the configuration of the teacher {str(name)!r}: {one_line(error)}") from error
+    if isinstance(config, ZooConfig):
+        config = llama_config(config)
     family_of(config)
     return config
 
@@ -36,6 +41,8 @@ def load_teacher(
     elif isinstance(teacher, str | Path):
         loaded = _load(teacher)
         teacher, tokenizer = loaded[0], tokenizer or loaded[1]
+    if isinstance(teacher, ZooForCausalLM):
+        teacher = as_llama(teacher)
     check_teacher(teacher)
     return teacher.eval(), tokenizer
 
