@@ -44,7 +44,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         """Logits `[..., V]` of hidden states `[..., D]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define head")
 
-    def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", z_loss: float = 0.0) -> Tensor:
         """Cross entropy of `head(hidden)`, `[N, D]`, and targets `[N]`, as `linear_cross_entropy` computes it."""
         raise NotImplementedError(f"{type(self).__name__} does not define head_loss")
 
@@ -67,6 +67,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        z_loss: float = 0.0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -85,6 +86,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             use_cache: whether to make a cache where none is given.
             cu_seqlens: `[N + 1]`, borders of N documents packed along time; B = 1, and a cache has N rows.
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0 is all.
+            z_loss: weight of the squared log-partition in the loss, see `linear_cross_entropy`.
             output_attentions, output_hidden_states: not supported; here because PEFT names them in every call.
             return_dict: whether to return an object (default) or a tuple.
         """
@@ -108,7 +110,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         else:
             mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
             targets = next_labels(labels, hidden.shape[:2], mask, cu_seqlens)
-            loss = self.head_loss(hidden.flatten(0, 1), targets.flatten())
+            loss = self.head_loss(hidden.flatten(0, 1), targets.flatten(), z_loss=z_loss)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
 

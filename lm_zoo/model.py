@@ -129,5 +129,6 @@ class ZooForCausalLM(CausalLM):
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
 
-    def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=IGNORE, reduction=reduction)
+    def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", z_loss: float = 0.0) -> Tensor:
+        options = {"ignore_index": IGNORE, "reduction": reduction, "z_loss": z_loss}
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, **options)

@@ -204,9 +204,9 @@ class LinearizedForCausalLM(CausalLM):
             logits = logits / divisor
         return logits if cap is None else cap * (logits / cap).tanh()
 
-    def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", z_loss: float = 0.0) -> Tensor:
         head = self.get_output_embeddings()
-        options = {"ignore_index": IGNORE, "reduction": reduction}
+        options = {"ignore_index": IGNORE, "reduction": reduction, "z_loss": z_loss}
         if type(head) is nn.Linear and head.bias is None and self._option(self.family.logit_cap) is None:
             divisor = self._option(self.family.logit_divisor)
             hidden = hidden if divisor is None else hidden / divisor

@@ -15,11 +15,17 @@ CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MB in float32
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
 ) -> Tensor:
     r"""Cross entropy of the logits h W^T, computed over chunks of tokens.
 
-        loss_n = log sum_v exp(h_n . w_v) - h_n . w_{label_n}
+        loss_n = log Z_n - h_n . w_{label_n} + z_loss (log Z_n)^2        Z_n = sum_v exp(h_n . w_v)
 
     Equals `F.cross_entropy(hidden @ weight.T, labels)`, but only the logits of one chunk are alive at a time. Where
     gradients are needed, the same sweep computes them, in the shapes of hidden and weight: nothing is computed twice.
@@ -32,6 +38,7 @@ def linear_cross_entropy(
         labels: `[N]` int64; tokens labelled `ignore_index` do not count.
         reduction: "mean" over the counted tokens (0 where there are none), "sum", or "none": `[N]`, 0 at ignored
             tokens, without gradients.
+        z_loss: weight of (log Z)^2, which keeps the logits from drifting away (PaLM, arXiv 2204.02311).
 
     Returns:
         The loss in nats, float32 (or float64), a scalar or `[N]`.
@@ -56,11 +63,11 @@ def linear_cross_entropy(
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         options = {"ignore_index": ignore_index, "reduction": "sum", "accum_dtype": torch.float32}
-        total = liger_fused_linear_cross_entropy(hidden, weight, labels, **options)
+        total = liger_fused_linear_cross_entropy(hidden, weight, labels, lse_square_scale=z_loss, **options)
     elif needs_grad:
-        total = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index)
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index, z_loss)
     else:
-        losses = _sweep(hidden, weight, labels, ignore_index)[0]
+        losses = _sweep(hidden, weight, labels, ignore_index, z_loss)[0]
         if reduction == "none":
             return losses
         total = losses.sum()
@@ -75,6 +82,7 @@ def cross_entropy_in_chunks(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross entropy of `head(hidden)` for any head, `[N, D]` to `[N, V]`: with a bias, a cap, an adapter.
 
@@ -85,7 +93,10 @@ def cross_entropy_in_chunks(
     def losses(h: Tensor, y: Tensor) -> Tensor:
         logits = head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="none")
+        loss = F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="none")
+        if z_loss:
+            loss = loss + z_loss * logits.logsumexp(dim=-1).square() * (y != ignore_index)
+        return loss
 
     rows = max(1, CHUNK_ELEMENTS // vocab_size)
     chunks = [
@@ -107,8 +118,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The sum of the losses; its gradients are ready when the forward pass ends."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, ignore_index):
-        losses, grad_hidden, grad_weight = _sweep(hidden, weight, labels, ignore_index, ctx.needs_input_grad[:2])
+    def forward(ctx, hidden, weight, labels, ignore_index, z_loss):
+        needs_grad = ctx.needs_input_grad[:2]
+        losses, grad_hidden, grad_weight = _sweep(hidden, weight, labels, ignore_index, z_loss, needs_grad)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return losses.sum()
 
@@ -116,10 +128,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total):
         grads = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None
+        return *grads, None, None, None
 
 
-def _sweep(hidden, weight, labels, ignore_index, needs_grad=(False, False)):
+def _sweep(hidden, weight, labels, ignore_index, z_loss, needs_grad=(False, False)):
     """The loss of each token, and the gradients of their sum for hidden and weight where asked for."""
     product_dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # autocast leaves float64 alone
@@ -136,11 +148,16 @@ def _sweep(hidden, weight, labels, ignore_index, needs_grad=(False, False)):
         counted = labels[chunk] != ignore_index
         target = labels[chunk].where(counted, 0)[:, None]
         log_total = logits.logsumexp(dim=-1, keepdim=True)
-        losses[chunk] = (log_total - logits.gather(1, target)).squeeze(1) * counted
+        loss = log_total - logits.gather(1, target)
+        if z_loss:
+            loss += z_loss * log_total.square()
+        losses[chunk] = loss.squeeze(1) * counted
         if grad_hidden is None and grad_weight is None:
             continue
         # The gradient for the logits, in their place: softmax minus one-hot, 0 at ignored tokens.
         dlogits = logits.sub_(log_total).exp_()
+        if z_loss:
+            dlogits.mul_(1 + 2 * z_loss * log_total)
         dlogits.scatter_add_(1, target, torch.full_like(log_total, -1.0))
         dlogits = dlogits.mul_(counted[:, None]).to(product_dtype)
         if grad_hidden is not None:

@@ -43,6 +43,26 @@ def test_equals_cross_entropy(chunks, dtype, tolerance, reduction):
         assert_close(linear_cross_entropy(hidden, weight, labels, reduction=reduction), expected, tolerance)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_z_loss_is_added(chunks, reduction):
+    """Against the equation on the full logits, for both functions; ignored tokens have none."""
+    hidden, weight, labels = make()
+    logits = hidden @ weight.T
+    squares = logits.logsumexp(dim=-1)[labels != -100].square()
+    expected = F.cross_entropy(logits, labels, reduction=reduction) + 0.3 * getattr(squares, reduction)()
+    correct = torch.autograd.grad(expected, (hidden, weight))
+    options = {"reduction": reduction, "z_loss": 0.3}
+    for loss in (
+        linear_cross_entropy(hidden, weight, labels, **options),
+        loss_module.cross_entropy_in_chunks(lambda h: h @ weight.T, 37, hidden, labels, **options),
+    ):
+        assert_close(loss, expected, 1e-13)
+        for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), correct, strict=True):
+            assert_close(a, b, 1e-13)
+    with torch.no_grad():
+        assert_close(linear_cross_entropy(hidden, weight, labels, **options), expected, 1e-13)
+
+
 def test_per_token_losses_for_evaluation(chunks):
     hidden, weight, labels = make()
     with torch.no_grad():
@@ -125,8 +145,8 @@ def test_on_a_gpu_the_fused_kernels_take_over_where_they_are_installed(monkeypat
     """Here in their place stands what their documentation says; `test_fused_kernels` calls the real ones."""
     calls = []
 
-    def fused(hidden, weight, labels, *, ignore_index, reduction, accum_dtype):
-        calls.append((reduction, accum_dtype))
+    def fused(hidden, weight, labels, *, ignore_index, reduction, accum_dtype, lse_square_scale):
+        calls.append((reduction, accum_dtype, lse_square_scale))
         return F.cross_entropy(hidden @ weight.T, labels, ignore_index=ignore_index, reduction=reduction)
 
     package, functional = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.functional")
@@ -139,7 +159,7 @@ def test_on_a_gpu_the_fused_kernels_take_over_where_they_are_installed(monkeypat
     assert not calls
     monkeypatch.setattr(loss_module, "_fused_kernels_run", lambda hidden: True)
     assert_close(linear_cross_entropy(hidden, weight, labels), expected, 1e-6)
-    assert calls == [("sum", torch.float32)]
+    assert calls == [("sum", torch.float32, 0.0)]
 
 
 @pytest.mark.gpu
