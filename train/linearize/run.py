@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lm_zoo.errors import UserError, one_line
 from lm_zoo.files import whole_folder
+from lm_zoo.kernels.checks import check_option
 from lm_zoo.linearized import LinearizedForCausalLM
 from lm_zoo.linearized.interface import softmax
 from lm_zoo.train.checkpoints import Interrupted
@@ -29,6 +30,7 @@ from lm_zoo.train.linearize.work import Signals, WorkFolder, check_output
 from lm_zoo.train.packing import Selection
 from lm_zoo.train.quiet import quiet_libraries
 
+MODES = ("memory", "stream")
 Data = str | Path | list | tuple | TextOptions
 
 
@@ -42,6 +44,8 @@ def linearize(
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt: str | None = None,
     resume: bool = False,
+    mode: str = "memory",
+    max_memory: int | None = None,
     checkpoint_seconds: float | None = None,
     log: Callable[[str], None] | None = None,
 ) -> tuple[LinearizedForCausalLM, dict[str, Any]]:
@@ -58,6 +62,9 @@ def linearize(
         tokenizer: the teacher's, where `teacher` is a model.
         prompt: for the report, to be continued by both; by default the beginning of a held-out text.
         resume: go on with the run for `output` that was interrupted, with the same result as if it had not been.
+        mode: "memory", or "stream" for a teacher that does not fit in there, see `stream_run`: a folder or a name. The
+            student that is returned streams its weights, too; load the folder where there is room for it.
+        max_memory: bytes that a stream may take, of the process on a CPU, of the GPU's otherwise.
         checkpoint_seconds: time between checkpoints.
         log: gets a line now and then; by default they go to stderr.
 
@@ -68,23 +75,35 @@ def linearize(
     spec = spec if isinstance(spec, LinearizeSpec) else LinearizeSpec.load(spec)
     spec = spec.override(overrides or {})
     output = Path(output)
+    check_option("mode", mode, MODES)
+    if max_memory is not None and mode == "memory":
+        raise UserError("max_memory is a bound for mode stream; mode memory takes what it needs")
     check_output(output, resume)
     disable_progress_bar()  # of transformers: it would draw one for writing a single file
     with quiet_libraries():
-        run = Run(teacher, spec, data, output, tokenizer, prompt, log or _to_stderr)
+        given = (teacher, spec, data, output, tokenizer, prompt, log or _to_stderr)
+        if mode == "stream":
+            from lm_zoo.train.linearize.stream_run import StreamRun  # it is a Run, too
+
+            run = StreamRun(*given, max_memory=max_memory)
+        else:
+            run = Run(*given)
         return run.run(resume, checkpoint_seconds)
 
 
 class Run:
     """The parts of a run, and how far it has come."""
 
+    student_class = LinearizedForCausalLM
+    recovery_class = Recovery
+
     def __init__(self, teacher, spec, data, output, tokenizer, prompt, log) -> None:
         self.output, self.log, self.prompt = output, log, prompt
         self.name = str(getattr(teacher, "name_or_path", teacher))
-        self.teacher, self.tokenizer = load_teacher(teacher, tokenizer)
+        self.teacher, self.tokenizer = self._load_teacher(teacher, tokenizer)
         check_tokenizer(self.tokenizer)
         self.spec = fitting(spec, self.teacher)
-        self.student = LinearizedForCausalLM.from_teacher(
+        self.student = self.student_class.from_teacher(
             self.teacher, self.spec.mixer, dict(self.spec.options), list(self.spec.keep_layers)
         ).eval()
         self.device, self.dtype = self.student.device, self.student.dtype
@@ -123,6 +142,9 @@ class Run:
             raise
         self.work.remove()
         return self.student, report
+
+    def _load_teacher(self, teacher, tokenizer) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_teacher(teacher, tokenizer)
 
     def _load_data(self, options: TextOptions) -> None:
         self.data = LinearizeData.load(options, self.tokenizer, self.spec.val_fraction)
@@ -174,7 +196,7 @@ class Run:
     def _recover(self, number: int, state: dict[str, Any] | None) -> None:
         options = self.spec.recover
         choosing = self.data.rows("choosing", options.length)
-        recovery = Recovery(self.student, options, self.spec.seed)
+        recovery = self.recovery_class(self.student, options, self.spec.seed)
         parameters = recovery.parameters
 
         def validate():
@@ -218,9 +240,8 @@ class Run:
 
     def _save(self) -> None:
         mixers = {name: value.detach() for name, value in transfer.mixer_parameters(self.student).items()}
-        self.work.save(
-            {"measured": self.measured, "mixers": mixers, "stage": self.stage, "loop": self.loop.state_dict()}
-        )
+        loop = None if self.loop is None else self.loop.state_dict()
+        self.work.save({"measured": self.measured, "mixers": mixers, "stage": self.stage, "loop": loop})
 
     @torch.no_grad()
     def _load_mixers(self, saved: dict[str, torch.Tensor]) -> None:
@@ -254,7 +275,7 @@ class Run:
     def _measure_end(self) -> None:
         self._cast_mixers(self.dtype)
         values = self.measured["perplexity"]
-        final = controls.perplexity(self.student, self.measuring, self.spec.measure_tokens)
+        final = self._perplexity()
         if controls.has_window(self.student):
             self._measure("linear_part_ablated", controls.window_only)
         self.measured["perplexity"]["final"] = final
@@ -266,23 +287,29 @@ class Run:
         self.measured["peak_memory_bytes"] = controls.peak_memory(self.device)
 
     def _measure(self, name: str, observer: controls.Observer | None = None) -> None:
-        value = controls.perplexity(self.student, self.measuring, self.spec.measure_tokens, observer)
+        value = self._perplexity(observer)
         self.measured["perplexity"][name] = value
         self.log(f"perplexity, {name.replace('_', ' ')}: {value:.4g}")
+
+    def _perplexity(self, observer: controls.Observer | None = None) -> float:
+        return controls.perplexity(self.student, self.measuring, self.spec.measure_tokens, observer)
 
     def _layer_errors(self) -> list[float | None]:
         """||y - y'||^2 / ||y||^2 of each layer; `None` where softmax is kept."""
         options = self.spec.transfer or transfer.Transfer(tokens=1, learning_rate=1.0, length=self.spec.length)
         options = dataclasses.replace(options, loss="normalized_mse", weights_cross_entropy=0.0)
-        errors = transfer.mean_losses(self.student, self.measuring, options, self.spec.measure_tokens)
+        errors = self._mean_losses(options)
         return [errors.get(layer) for layer in range(len(self.student.attention_layers))]
+
+    def _mean_losses(self, options: transfer.Transfer) -> dict[int, float]:
+        return transfer.mean_losses(self.student, self.measuring, options, self.spec.measure_tokens)
 
     # ---- the result ------------------------------------------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
         report = {
             "teacher": self.name,
-            "family": self.teacher.config.model_type,
+            "family": self.student.teacher.config.model_type,
             "parameters": sum(parameter.numel() for parameter in self.student.parameters()),
             "layers": len(self.student.attention_layers),
             "kept_layers": list(self.spec.keep_layers),
