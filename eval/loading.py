@@ -40,7 +40,7 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     the network.
     """
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
     cuda = torch.cuda.is_available()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -54,17 +54,22 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
             f"the checkpoint in {folder} lacks {len(incomplete)} weights that its config.json asks for "
             f"(first: {incomplete[0]}); save the model again"
         )
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, model, folder)
+    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model's vocabulary {rows}; "
             "save the model together with the tokenizer that it was trained with"
         )
-    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Whether it has what a saved model has: a configuration and weights."""
     if not folder.is_dir():
         raise UserError(f"no model folder {folder}; name a folder written by `lm-zoo train` or save_pretrained")
     config = folder / "config.json"
@@ -80,7 +85,8 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no weights ({WEIGHTS[0]}); save the model again")
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a saved model."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(f"{folder} has no tokenizer; put it there with tokenizer.save_pretrained({str(folder)!r})")
     try:
