@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lm_zoo.errors import UserError
 from lm_zoo.files import whole_folder
 from lm_zoo.train.corpus import Corpus, tokenise
+from lm_zoo.train.curriculum import Curriculum
 from lm_zoo.train.order import RowLoader, RowOrder
 from lm_zoo.train.packing import Rows, Selection, collate_documents, collate_rows, hold_out
 from lm_zoo.train.sources import ROWS_PER_BATCH, Source, Table, file_source, find_files
@@ -45,6 +46,10 @@ class TextData(L.LightningDataModule):
         batch_size: Rows per batch and process.
         respect_documents: Nothing is read across document borders, as when the model is used: every document starts
             from an empty state. False feeds plain [batch_size, seq_len] rows, where a model sees the text before.
+        curriculum_steps: How many optimizer steps of a curriculum the run starts with; it needs one of the next two.
+        first_seq_len: Documents are cut after so many tokens at first; the length doubles in equal stages up to
+            seq_len. A batch has as many tokens as ever.
+        short_documents_first: The rows of the curriculum come in the order of their longest document.
         epochs: Passes over the data; 1 unless trainer.max_steps is given, which repeats the data as often as it takes.
         seed: Seed of the order of rows.
         cache_dir: Where tokenised text is kept. By default ~/.cache/lm_zoo.
@@ -70,6 +75,9 @@ class TextData(L.LightningDataModule):
         seq_len: int = 256,
         batch_size: int = 16,
         respect_documents: bool = True,
+        curriculum_steps: int | None = None,
+        first_seq_len: int | None = None,
+        short_documents_first: bool = False,
         epochs: float | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
@@ -80,7 +88,9 @@ class TextData(L.LightningDataModule):
         _check_choices(files, dataset, val_files, val_split)
         _check_at_least(0, seed=seed, num_workers=num_workers)
         _check_at_least(1, max_tokens=max_tokens, batch_size=batch_size, num_proc=num_proc)
-        _check_at_least(2, seq_len=seq_len)
+        _check_at_least(1, curriculum_steps=curriculum_steps)
+        _check_at_least(2, seq_len=seq_len, first_seq_len=first_seq_len)
+        _check_curriculum(curriculum_steps, first_seq_len, short_documents_first, seq_len, respect_documents)
         _check_at_least(SMALLEST_BPE, vocab_size=vocab_size)
         if not 0 <= val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction} is not possible; give a fraction from 0 to below 1")
@@ -99,6 +109,8 @@ class TextData(L.LightningDataModule):
         self.max_tokens, self.val_fraction = max_tokens, 0.0 if self.val_source else val_fraction
         self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
         self.seq_len, self.batch_size, self.respect_documents = seq_len, batch_size, respect_documents
+        self.curriculum_steps, self.first_seq_len = curriculum_steps, first_seq_len
+        self.short_documents_first = short_documents_first
         self.epochs, self.seed, self.num_proc, self.num_workers = epochs, seed, num_proc, num_workers
         self.cache_dir = Path(cache_dir or Path.home() / ".cache" / "lm_zoo").expanduser().absolute()
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -106,8 +118,13 @@ class TextData(L.LightningDataModule):
         self.val_rows: Rows | None = None
 
     @property
+    def train_tokens_per_byte(self) -> float:
+        """Tokens of the training text, its end-of-text tokens included, per byte of UTF-8."""
+        return self.train_rows.selection.tokens_per_byte
+
+    @property
     def val_tokens_per_byte(self) -> float:
-        """Tokens of the validation text, its end-of-text tokens included, per byte of UTF-8."""
+        """The same of the validation text."""
         return self.val_rows.selection.tokens_per_byte
 
     def prepare_data(self) -> None:
@@ -148,9 +165,21 @@ class TextData(L.LightningDataModule):
         return steps
 
     def train_dataloader(self) -> RowLoader:
-        order = RowOrder(len(self.train_rows), self.batch_size, seed=self.seed, **self._process)
+        options = {"seed": self.seed, "curriculum": self._curriculum(), **self._process}
+        order = RowOrder(len(self.train_rows), self.batch_size, **options)
         num_batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         return RowLoader(self.train_rows, order, num_batches, **self._loader_options)
+
+    def _curriculum(self) -> Curriculum | None:
+        if self.curriculum_steps is None:
+            return None
+        return Curriculum(
+            self.curriculum_steps,
+            self.trainer.accumulate_grad_batches,
+            self.seq_len,
+            self.first_seq_len,
+            self.train_rows.longest if self.short_documents_first else None,
+        )
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._process["rank"], self._process["world_size"]
@@ -168,6 +197,9 @@ class TextData(L.LightningDataModule):
             "data.seq_len": self.seq_len,
             "data.batch_size": self.batch_size,
             "data.seed": self.seed,
+            "data.curriculum_steps": self.curriculum_steps,
+            "data.first_seq_len": self.first_seq_len,
+            "data.short_documents_first": self.short_documents_first,
             "number of processes": self._process["world_size"],
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
         }
@@ -247,6 +279,15 @@ def _check_choices(files, dataset, val_files, val_split) -> None:
         raise UserError("data.val_files and data.val_split are both given; give one of them")
     if val_split and not dataset:
         raise UserError("data.val_split needs data.dataset; give data.val_files to validate on files")
+
+
+def _check_curriculum(steps, first_seq_len, short_documents_first, seq_len, respect_documents) -> None:
+    if (steps is None) != (first_seq_len is None and not short_documents_first):
+        raise UserError("data.curriculum_steps goes with data.first_seq_len or data.short_documents_first; give both")
+    if first_seq_len is not None and first_seq_len >= seq_len:
+        raise UserError(f"data.first_seq_len={first_seq_len} must be less than data.seq_len={seq_len}")
+    if first_seq_len is not None and not respect_documents:
+        raise UserError("data.first_seq_len cuts documents, which data.respect_documents=false does not see; drop one")
 
 
 def _check_at_least(low: int, **options: int | None) -> None:

@@ -1,9 +1,11 @@
-"""What is measured in a run: losses and speed, in `metrics.csv`, in TensorBoard and in `loss.png`."""
+"""What is measured in a run: losses, gradients and speed, in `metrics.csv`, in TensorBoard and in pictures."""
 
 from __future__ import annotations
 
 import csv
 import math
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,43 +16,42 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lm_zoo.eval.flops import TRAINING_PASSES, flops_per_token, peak_flops
 from lm_zoo.files import whole_file
-from lm_zoo.train.module import diverged
 
 
 class Metrics(L.Callback):
     """Logs every `trainer.log_every_n_steps` optimizer steps, and after each validation.
 
     Sums stay on the device in between: a GPU is waited for only when something is logged. `latest` holds the newest
-    values as numbers.
+    values as numbers. Skipped steps are in no mean.
     """
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
         self._run_tokens = 0  # over all processes
-        self._loss: torch.Tensor | float = 0.0  # these three since the last log, in this process
-        self._targets = self._tokens = 0
+        self._since = [0.0, 0.0]  # sum of losses and number of targets since the last log, over all processes
+        self._tokens = 0  # since the last log, in this process
 
     def state_dict(self) -> dict[str, Any]:
-        return {"run": self._run_tokens, "since": [float(self._loss), self._targets, self._tokens]}
+        return {"run": self._run_tokens, "since": [float(sum_) for sum_ in self._since], "tokens": self._tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._run_tokens = state["run"]
-        self._loss, self._targets, self._tokens = state["since"]
+        self._run_tokens, self._since, self._tokens = state["run"], state["since"], state["tokens"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._loss = torch.tensor(self._loss, dtype=torch.float32, device=module.device)
         self._step = trainer.global_step
+        dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
+        dtype = torch.float16 if trainer.precision.startswith("16") else dtype
+        self._flops_per_token = TRAINING_PASSES * flops_per_token(module.model, trainer.datamodule.seq_len)
+        self._peak = peak_flops(module.device, dtype)
         self._start_clock()
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.rewind(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs: dict, batch: dict, batch_idx: int) -> None:
-        targets, tokens = batch["num_targets"], batch["input_ids"].numel()
-        loss = outputs["loss"] * trainer.accumulate_grad_batches  # Lightning has divided by it
-        self._loss += loss.float() * targets
-        self._targets += targets
+        tokens = batch["input_ids"].numel()
         self._tokens += tokens
         self._clocked_tokens += tokens
         self._batch_end = time.monotonic()
@@ -58,6 +59,10 @@ class Metrics(L.Callback):
         if step == self._step:
             return  # in the middle of an accumulation
         self._step = step
+        latest = module.step_metrics
+        taken = latest["skipped"] == 0
+        for i, name in enumerate(("loss_sum", "targets")):
+            self._since[i] = self._since[i] + torch.where(taken, latest[name], 0.0)
         if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
             self._log_training(trainer, module)
 
@@ -73,30 +78,31 @@ class Metrics(L.Callback):
         if trainer.sanity_checking:
             return
         self._paused = True
-        names = ("val_loss", "val_bits_per_byte")
+        names = ("val_loss", "val_bits_per_byte", "val_perplexity")
         values = {name: trainer.callback_metrics[name].item() for name in names if name in trainer.callback_metrics}
         self._log(trainer, values)
 
     def _log_training(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        counts = self._loss.new_tensor([self._targets, self._tokens])
-        sums = trainer.strategy.reduce(torch.cat([self._loss[None], counts]), reduce_op="sum")
-        loss, targets, tokens = sums.tolist()
-        if not math.isfinite(loss):
-            raise diverged(trainer.global_step)
-        elapsed = time.monotonic() - self._clock
-        self._run_tokens += int(tokens)
-        self._log(
-            trainer,
-            {
-                "tokens": self._run_tokens,
-                "train_loss": loss / targets,
-                "learning_rate": module.step_metrics["learning_rate"],
-                "gradient_norm": float(module.step_metrics["gradient_norm"]),
-                "tokens_per_second": self._clocked_tokens * trainer.world_size / elapsed,
-            },
-        )
-        self._loss = torch.zeros_like(self._loss)
-        self._targets = self._tokens = 0
+        latest = module.step_metrics
+        loss, targets, norm = torch.stack([*self._since, latest["gradient_norm"].to(self._since[0])]).tolist()
+        counts = module.guard.read(trainer.global_step)
+        speed = self._clocked_tokens / (time.monotonic() - self._clock)  # of this process
+        self._run_tokens += self._tokens * trainer.world_size
+        values = {"tokens": self._run_tokens}
+        if targets > 0:
+            values["train_loss"] = loss / targets
+            values["train_bits_per_byte"] = loss / targets / math.log(2) * trainer.datamodule.train_tokens_per_byte
+        values |= {
+            "learning_rate": latest["learning_rate"],
+            "gradient_norm": norm,
+            "skipped_steps": int(counts["not_finite"] + counts["spikes"]),
+            "tokens_per_second": speed * trainer.world_size,
+            "memory_gb": memory_gb(module.device),
+        }
+        if self._peak is not None:
+            values["flops_utilisation"] = speed * self._flops_per_token / self._peak
+        self._log(trainer, values)
+        self._since, self._tokens = [0.0, 0.0], 0
         self._start_clock()
 
     def _log(self, trainer: L.Trainer, values: dict[str, float]) -> None:
@@ -108,12 +114,20 @@ class Metrics(L.Callback):
         self._clock, self._clocked_tokens, self._paused = time.monotonic(), 0, False
 
 
+def memory_gb(device: torch.device) -> float:
+    """The most memory held so far, in GB: on a GPU by tensors, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 class MetricsFile(Logger):
     """`metrics.csv`: a line per log, of these columns. A resumed run continues it from the step that it resumes at."""
 
     COLUMNS = (
-        "step", "tokens", "train_loss", "val_loss", "val_bits_per_byte", "learning_rate", "gradient_norm",
-        "tokens_per_second",
+        "step", "tokens", "train_loss", "train_bits_per_byte", "val_loss", "val_bits_per_byte", "val_perplexity",
+        "learning_rate", "gradient_norm", "skipped_steps", "tokens_per_second", "flops_utilisation", "memory_gb",
     )  # fmt: skip
 
     def __init__(self, folder: Path) -> None:

@@ -11,15 +11,28 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lm_zoo.train.curriculum import Curriculum
+
 
 class RowOrder(Sampler[list[int]]):
     """Batches of row numbers, from `position` on, without end: epoch follows epoch.
+
+    While a curriculum cuts documents, a row stands with the length to cut at, `(number, length)`.
 
     Rows that do not fill the last batch of an epoch (over all processes) are left out of it; the next epoch's
     permutation takes others.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        curriculum: Curriculum | None = None,
+    ) -> None:
         if num_rows < batch_size * world_size:
             raise ValueError(
                 f"num_rows={num_rows} is less than one batch: batch_size={batch_size} times world_size={world_size}"
@@ -27,6 +40,7 @@ class RowOrder(Sampler[list[int]]):
         self.num_rows, self.batch_size, self.seed, self.rank, self.world_size = (
             num_rows, batch_size, seed, rank, world_size,
         )  # fmt: skip
+        self.curriculum = curriculum
         self.position = 0
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
@@ -34,15 +48,20 @@ class RowOrder(Sampler[list[int]]):
     def batches_per_epoch(self) -> int:
         return self.num_rows // (self.batch_size * self.world_size)
 
-    def batch(self, step: int) -> list[int]:
+    def batch(self, step: int) -> list[int] | list[tuple[int, int]]:
         epoch, step_in_epoch = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.num_rows)
+            if self.curriculum is not None and epoch == 0:
+                rows_per_batch = self.batch_size * self.world_size
+                self._permutation = self.curriculum.arrange(self._permutation, rows_per_batch)
         start = (step_in_epoch * self.world_size + self.rank) * self.batch_size
-        return self._permutation[start : start + self.batch_size].tolist()
+        rows = self._permutation[start : start + self.batch_size].tolist()
+        length = None if self.curriculum is None else self.curriculum.segment_length(step)
+        return rows if length is None else [(row, length) for row in rows]
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list]:
         step = self.position
         while True:
             yield self.batch(step)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lm_zoo.train.corpus import Corpus
+from lm_zoo.train.curriculum import cut
 
 IGNORE = -100
 FEW_DOCUMENTS = 100  # below this, holding out whole documents is too coarse
@@ -73,6 +74,7 @@ class Rows(Dataset):
     """Row i is tokens [i * seq_len, (i + 1) * seq_len) of a selection. What does not fill a last row is left out.
 
     A row is `(tokens, borders)`: tokens int64 [seq_len], and the positions at which segments start; the first is 0.
+    Asked for as `(i, length)`, its segments are cut at so many tokens.
     """
 
     def __init__(self, selection: Selection, seq_len: int, max_tokens: int | None = None) -> None:
@@ -84,7 +86,10 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[int]]:
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+        if isinstance(index, tuple):
+            row, borders = self[index[0]]
+            return row, cut(borders, self.seq_len, index[1])
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of {self._length}")
         pieces, row = self.selection, np.empty(self.seq_len, dtype=np.int64)
@@ -98,6 +103,13 @@ class Rows(Dataset):
             row[filled : filled + count] = pieces.corpus.tokens(int(pieces.starts[piece]) + skip, count)
             filled, piece, skip = filled + count, piece + 1, 0
         return row, borders
+
+    def longest(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of the longest part of a document in each of these rows."""
+        starts = (self._ends - self.selection.lengths)[self.selection.starts_document]  # where documents start
+        first, last = np.searchsorted(starts, rows * self.seq_len), np.searchsorted(starts, (rows + 1) * self.seq_len)
+        inside = (starts[i:j] - row * self.seq_len for row, i, j in zip(rows, first, last, strict=True))
+        return np.array([np.diff(borders, prepend=0, append=self.seq_len).max() for borders in inside])
 
 
 def collate_documents(rows: list[tuple[np.ndarray, list[int]]]) -> dict[str, Tensor | int]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lm_zoo import ZooConfig, ZooForCausalLM
 from lm_zoo.errors import UserError
+from lm_zoo.modules.feature_maps import T2R
 from lm_zoo.train.metrics import read_metrics
 from lm_zoo.train.optim import Schedule, parameter_groups
 
@@ -20,6 +21,7 @@ class Gates(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(2, 4))
         self.marked = nn.Parameter(torch.zeros(2, 4))
         self.marked._no_weight_decay = True
+        self.map = T2R(2, 4)
         self.frozen = nn.Parameter(torch.zeros(2, 4), requires_grad=False)
         self.low_rank = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 4))
         self.norm = nn.LayerNorm(4)
@@ -33,7 +35,7 @@ def test_norms_biases_and_gates_do_not_decay() -> None:
     assert kept["weight_decay"] == 0.0
     assert {names[p] for p in decayed["params"]} == {"low_rank.0.weight", "low_rank.1.weight"}
     assert {names[p] for p in kept["params"]} == {
-        "A_log", "dt_bias", "marked", "low_rank.1.bias", "norm.weight", "norm.bias",
+        "A_log", "dt_bias", "marked", "map.weight", "map.bias", "low_rank.1.bias", "norm.weight", "norm.bias",
     }  # fmt: skip
 
 
@@ -57,6 +59,11 @@ def test_cosine() -> None:
     assert schedule(10 + 89 // 2, 100) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi * 44 / 89)) / 2)
 
 
+def test_linear() -> None:
+    rates = [Schedule("linear", warmup=0.1, final=0.1)(step, 101) for step in range(101)]
+    assert rates[10:] == pytest.approx([1 - 0.9 * i / 90 for i in range(91)])
+
+
 def test_wsd_is_flat_and_then_falls() -> None:
     rates = [Schedule("wsd", warmup=0.1, decay=0.25, final=0.0)(step, 100) for step in range(100)]
     assert set(rates[10:76]) == {1.0}
@@ -66,14 +73,14 @@ def test_wsd_is_flat_and_then_falls() -> None:
 
 def test_constant_and_runs_of_any_length() -> None:
     assert Schedule("constant", warmup=0)(7, 10) == 1.0
-    for name in ("cosine", "wsd", "constant"):
+    for name in ("cosine", "linear", "wsd", "constant"):
         for total in (1, 2, 3, 7):
             assert all(0 < Schedule(name, warmup=0.5, decay=0.5)(step, total) <= 1 for step in range(total + 3))
 
 
 def test_impossible_schedules_are_refused() -> None:
-    with pytest.raises(UserError, match="schedule 'linear' is not known; choose cosine, wsd or constant"):
-        Schedule("linear")
+    with pytest.raises(UserError, match="schedule 'sine' is not known; choose cosine, linear, wsd or constant"):
+        Schedule("sine")
     with pytest.raises(UserError, match=r"warmup=3 must be a part of the whole"):
         Schedule(warmup=3)
     with pytest.raises(UserError, match=r"warmup=0\.6 and decay=0\.5 exceed the whole run"):

@@ -1,31 +1,10 @@
 """A run that was stopped and resumed is the uninterrupted run, bit for bit."""
 
-import lightning as L
 import pytest
 import torch
+from interrupted_runs import Crash, CrashAt, curve
 
 from lm_zoo.train import Checkpoints
-from lm_zoo.train.metrics import read_metrics
-
-
-class Crash(Exception):
-    pass
-
-
-class CrashAt(L.Callback):
-    """Ends the run after `batches` batches, as a power cut would."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if batch_idx + 1 == self.batches:
-            raise Crash
-
-
-def curve(out) -> list[dict]:
-    """All that was logged, but for the speed."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(out / "metrics.csv")]
 
 
 @pytest.mark.parametrize(

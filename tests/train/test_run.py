@@ -67,11 +67,12 @@ def test_the_logged_loss_is_the_mean_over_tokens(start_run, tmp_path) -> None:
 
     class Collect(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-            losses.append((outputs["loss"].item() * 2, batch["num_targets"]))
+            loss = module(batch).item()
+            losses.append((loss, batch["num_targets"]))
 
     start_run(
         "run", max_steps=6, accumulate_grad_batches=2, log_every_n_steps=3, callbacks=[Collect()],
-        data={"separator": "\n", "batch_size": 3},
+        data={"separator": "\n", "batch_size": 3}, model={"learning_rate": 1e-30, "weight_decay": 0.0},
     )  # fmt: skip
     assert len({count for _, count in losses}) > 1
     lines = read_metrics(tmp_path / "run" / "metrics.csv")
@@ -129,7 +130,7 @@ def test_bf16_and_recomputation(start_run, tmp_path, respect_documents) -> None:
 @pytest.mark.parametrize("mixer", ["gla", "attention"])  # one refuses NaN itself, on a CPU
 def test_a_loss_that_is_not_finite_stops_the_run(start_run, tiny, mixer) -> None:
     model = {"config": {**tiny, "mixers": {mixer: {"num_heads": 1}}}, "learning_rate": 1e18, "warmup": 0}
-    with pytest.raises(UserError, match=r"the loss is not finite after step \d+: lower model"):
+    with pytest.raises(UserError, match=r"20 steps in a row were skipped by step 21\. Of .*, 20 had a loss"):
         start_run("run", max_steps=50, model=model, gradient_clip_val=None)
 
 
