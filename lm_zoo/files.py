@@ -41,3 +41,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(workplace, ignore_errors=True)
         if is_new and not any(path.parent.iterdir()):
             path.parent.rmdir()
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder; from the first moment on, none of that name is there."""
+    path.rename(unfinished := path.with_name(f".{path.name}-{os.getpid()}.tmp"))
+    shutil.rmtree(unfinished)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left of outputs in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,7 +1,8 @@
 """Checkpoints: whole or not at all, at the borders of optimizer steps only, and one when the run is interrupted.
 
-A checkpoint in the middle of an accumulation would lose the gradients gathered so far. Here a save that falls due there
-waits for the step, so a resumed run is the uninterrupted one, bit for bit.
+Each is a folder with a manifest of checksums (see `snapshot.py`), so a damaged one is known before anything is read
+from it. A checkpoint in the middle of an accumulation would lose the gradients gathered so far. Here a save that falls
+due there waits for the step, so a resumed run is the uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm_zoo.errors import UserError
-from lm_zoo.files import whole_file
+from lm_zoo.files import remove_folder, remove_unfinished, whole_folder
+from lm_zoo.train.snapshot import check_seal, load_snapshot, save_snapshot
 
-NAME = re.compile(r"step-(\d+)\.ckpt")
+NAME = re.compile(r"step-(\d+)")
 STDERR = 2  # its file descriptor
 
 
@@ -34,11 +36,12 @@ class Interrupted(Exception):
 
 
 class Checkpoints(Checkpoint):
-    """Saves `checkpoints/step-NNN.ckpt` in the run's folder, also before each validation, at the end and on Ctrl-C.
+    """Saves `checkpoints/step-NNN` in the run's folder, also before each validation, at the end and on Ctrl-C.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
-        keep: How many to keep, the newest ones; 0 keeps all.
+        keep: How many to keep, the newest ones; 0 keeps all. With fewer than 2 there is none to go back to, should the
+            newest turn out damaged.
 
     A run that is resumed from an earlier checkpoint replaces the later ones.
     """
@@ -54,6 +57,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._step = self._saved_step = trainer.global_step
+        self._signum = None  # of an earlier run with the same object
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
 
@@ -85,7 +89,7 @@ class Checkpoints(Checkpoint):
         self._restore_signals()
 
     def path(self, trainer: L.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
+        return Path(trainer.default_root_dir) / "checkpoints" / f"step-{trainer.global_step:08d}"
 
     def save(self, trainer: L.Trainer) -> None:
         if self._saved_step == trainer.global_step:
@@ -96,11 +100,8 @@ class Checkpoints(Checkpoint):
             self._remove_others(trainer)
 
     def _remove_others(self, trainer: L.Trainer) -> None:
-        newest = self.path(trainer)
-        found = find_checkpoints(newest.parent)
-        count = found.index(newest) + 1
-        superseded = found[: max(0, count - self.keep)] if self.keep else []
-        for path in superseded + found[count:]:
+        found = find_checkpoints(self.path(trainer).parent)
+        for path in found[: max(0, len(found) - self.keep)] if self.keep else []:
             trainer.strategy.checkpoint_io.remove_checkpoint(path)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
@@ -118,19 +119,33 @@ class Checkpoints(Checkpoint):
         self._handlers = {}
 
 
-class WholeFileIO(TorchCheckpointIO):
+class ForgetLater(L.Callback):
+    """Removes, when training starts, the checkpoints of steps that it will come by again, and what a kill left behind.
+
+    It has to stand before the callbacks that drop what was logged at those steps: a kill in between must not leave a
+    checkpoint without its log.
+    """
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        for path in reversed(find_checkpoints(folder)):  # a kill here leaves no gap
+            if step_of(path) > trainer.global_step:
+                remove_folder(path)
+        remove_unfinished(folder)
+        remove_unfinished(folder.parent)
+
+
+class WholeFolderIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name and renames it; a full disk or a broken file is told in one line."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         try:
-            with whole_file(Path(path)) as unfinished, unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            reason = error if isinstance(error, OSError) else error.__context__  # torch.save's own error hides it
-            if not isinstance(reason, OSError):
-                raise
+            with whole_folder(Path(path)) as unfinished:
+                save_snapshot(checkpoint, unfinished)
+        except OSError as error:
             raise UserError(
-                f"cannot save {path}: {reason.strerror}; earlier checkpoints are whole: free some space, then continue "
+                f"cannot save {path}: {error.strerror}; earlier checkpoints are whole: free some space, then continue "
                 "with --resume last"
             ) from error
 
@@ -139,34 +154,57 @@ class WholeFileIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         return read_checkpoint(Path(path))
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        remove_folder(Path(path))
 
-def read_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """A checkpoint on the CPU; `lazily` maps the tensors without reading them."""
+
+def read_checkpoint(path: Path, *, tensors: bool = True) -> dict[str, Any]:
+    """A checkpoint on the CPU, once all its files have been found whole. UserError for a damaged or a foreign one."""
+    check_seal(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except OSError:
-        raise
-    except Exception as error:  # unpickling garbage can raise anything
-        raise UserError(f"{path} is damaged, or no checkpoint ({type(error).__name__}); resume from another") from error
-    if not isinstance(checkpoint, dict) or not {"loops", "state_dict", "zoo_config"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of a training run; give a file of a run's checkpoints folder")
+        checkpoint = load_snapshot(path, tensors=tensors)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is no checkpoint of a training run: it has no {Path(error.filename).name}") from error
+    if not {"loops", "state_dict", "zoo_config"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of a training run; give a folder of a run's checkpoints")
     return checkpoint
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("step-*.ckpt") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name).group(1)))
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(NAME.fullmatch(checkpoint.name).group(1))
 
 
 def checkpoint_to_resume(resume: str | Path, out: Path) -> Path:
-    """The file that `--resume` means: a path, or `last` for the newest checkpoint in the run's folder."""
-    if str(resume) == "last":
-        found = find_checkpoints(out / "checkpoints")
-        if not found:
-            raise UserError(f"{out} holds no checkpoint to resume from; leave out --resume to start the run")
-        return found[-1]
-    path = Path(resume)
-    if not path.is_file():
-        raise UserError(f"--resume {resume}: no such file; give a checkpoint, or `last` for the newest in {out}")
-    return path
+    """The checkpoint that `--resume` means: a path, or `last` for the newest whole one in the run's folder."""
+    if str(resume) != "last":
+        path = Path(resume)
+        if not path.exists():
+            raise UserError(f"--resume {resume}: no such checkpoint; give one, or `last` for the newest in {out}")
+        try:
+            read_checkpoint(path, tensors=False)
+        except UserError as error:
+            raise UserError(f"--resume: {error}; give another checkpoint, or `last`") from error
+        return path
+    found = find_checkpoints(out / "checkpoints")
+    if not found:
+        raise UserError(f"{out} holds no checkpoint to resume from; leave out --resume to start the run")
+    for path in reversed(found):
+        try:
+            read_checkpoint(path, tensors=False)
+        except UserError as error:
+            if path == found[0]:
+                raise UserError(f"{error}, and there is no other one; start the run anew, in another --out") from error
+            _warn(f"{error}; going back to the one before")
+        else:
+            return path
+    raise AssertionError("the loop returns or raises")
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

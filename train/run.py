@@ -22,10 +22,10 @@ from lm_zoo.errors import UserError, one_line
 from lm_zoo.files import whole_folder
 from lm_zoo.train.checkpoints import (
     Checkpoints,
-    WholeFileIO,
+    ForgetLater,
+    WholeFolderIO,
     checkpoint_to_resume,
     find_checkpoints,
-    read_checkpoint,
 )
 from lm_zoo.train.data import TextData
 from lm_zoo.train.metrics import LossPlot, Metrics, MetricsFile
@@ -68,7 +68,7 @@ def fit(
 def trainer_parts(out: Path, options: dict[str, Any], checkpoints: Checkpoints | None = None) -> dict[str, Any]:
     """What this package adds to a Trainer's options."""
     metrics = Metrics()
-    callbacks = [*_as_list(options.get("callbacks")), metrics, LossPlot(out), *_as_list(checkpoints)]
+    callbacks = [ForgetLater(), *_as_list(options.get("callbacks")), metrics, LossPlot(out), *_as_list(checkpoints)]
     if options.get("enable_progress_bar") is not False:
         callbacks.append(StepProgress(metrics))
     loggers = _as_list(options.get("logger"))
@@ -76,7 +76,7 @@ def trainer_parts(out: Path, options: dict[str, Any], checkpoints: Checkpoints |
         "default_root_dir": str(out),
         "callbacks": callbacks,
         "logger": [*loggers, MetricsFile(out), TensorBoardLogger(out, name="", version="tensorboard")],
-        "plugins": [*_as_list(options.get("plugins")), WholeFileIO()],
+        "plugins": [*_as_list(options.get("plugins")), WholeFolderIO()],
     }
 
 
@@ -104,9 +104,7 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
 
 
 def check_run(trainer: L.Trainer, out: Path, checkpoint: Path | None) -> None:
-    if checkpoint is not None:
-        read_checkpoint(checkpoint, lazily=True)
-    elif find_checkpoints(out / "checkpoints"):
+    if checkpoint is None and find_checkpoints(out / "checkpoints"):
         raise UserError(f"{out} already holds a run; continue it with --resume last, or choose another --out")
 
 

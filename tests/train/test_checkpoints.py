@@ -1,6 +1,7 @@
 """Checkpoints are whole, stand at step borders, and one is left by Ctrl-C."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from lm_zoo.errors import UserError
 from lm_zoo.train import Checkpoints, Interrupted
 from lm_zoo.train.checkpoints import find_checkpoints, read_checkpoint
 from lm_zoo.train.run import export
+from lm_zoo.train.snapshot import check_seal, save_snapshot
 
 
 class Press(L.Callback):
@@ -41,7 +43,7 @@ def test_an_interrupt_amid_an_accumulation_waits_for_the_step(start_run, tmp_pat
         start_run("parts", callbacks=[Press("on_train_batch_start", 8, signum)], **options)
     assert interrupted.value.signum == signum
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    assert [path.name for path in find_checkpoints(tmp_path / "parts" / "checkpoints")] == ["step-00000003.ckpt"]
+    assert [path.name for path in find_checkpoints(tmp_path / "parts" / "checkpoints")] == ["step-00000003"]
     _, resumed = start_run("parts", resume="last", **options)
     for (name, expected), actual in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(actual, expected), name
@@ -63,8 +65,8 @@ def test_a_second_interrupt_quits_at_once(start_run, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         start_run("run", callbacks=[quit_now], max_steps=6, checkpoints=Checkpoints(every_n_steps=1))
     assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == [
-        "step-00000001.ckpt",
-        "step-00000002.ckpt",
+        "step-00000001",
+        "step-00000002",
     ]
 
 
@@ -94,7 +96,7 @@ def test_ctrl_c_at_the_terminal(tmp_path: Path, text_file: Path) -> None:
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130
     (checkpoint,) = find_checkpoints(tmp_path / "run" / "checkpoints")
-    steps = read_checkpoint(checkpoint)["global_step"] + 2
+    steps = read_checkpoint(checkpoint, tensors=False)["global_step"] + 2
     done = subprocess.run(
         [*command, str(steps), "--resume", "last"], capture_output=True, text=True, timeout=120, check=False
     )
@@ -124,7 +126,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(start_run, tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(error.value)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002.ckpt"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     trainer, _ = start_run("run", max_steps=6, resume="last", checkpoints=checkpoints)
     assert trainer.global_step == 6
 
@@ -150,22 +152,72 @@ def test_a_full_disk_at_the_end_leaves_the_run_to_be_finished(start_run, tmp_pat
 
 def test_damaged_or_foreign_checkpoints_are_refused(start_run, tmp_path, tiny) -> None:
     start_run("run", max_steps=2)
-    (checkpoint,) = find_checkpoints(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match="already holds a run; continue it with --resume last"):
         start_run("run", max_steps=4)
     with pytest.raises(UserError, match=r"data.batch_size = 2, now it is 3"):
         start_run("run", max_steps=4, resume="last", data={"batch_size": 3})
     with pytest.raises(UserError, match=r"norm_eps=1e-06, this one 1e-05"):
         start_run("run", max_steps=4, resume="last", model={"config": {**tiny, "norm_eps": 1e-5}})
-    whole = checkpoint.read_bytes()
-    checkpoint.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="is damaged, or no checkpoint"):
-        start_run("run", max_steps=4, resume="last")
-    torch.save({"weights": torch.zeros(2)}, checkpoint)
-    with pytest.raises(UserError, match="no checkpoint of a training run"):
-        start_run("run", max_steps=4, resume=checkpoint)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    save_snapshot({"weights": torch.zeros(2)}, foreign)
+    with pytest.raises(UserError, match="foreign is no checkpoint of a training run"):
+        start_run("run", max_steps=4, resume=foreign)
     with pytest.raises(UserError, match="holds no checkpoint"):
         start_run("other", max_steps=4, resume="last")
+
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "what"),
+    [
+        ("tensors.safetensors", flip, "tensors.safetensors has not the checksum it was written with"),
+        ("tensors.safetensors", halve, r"tensors.safetensors has [\d,]+ bytes, not [\d,]+"),
+        ("state.json", flip, "state.json has not the checksum it was written with"),
+        ("state.json", Path.unlink, "state.json is missing"),
+        ("manifest.json", halve, "its manifest.json cannot be read"),
+        ("manifest.json", Path.unlink, "it has no manifest.json"),
+    ],
+)  # fmt: skip
+def test_the_one_before_a_damaged_checkpoint_is_used(two_checkpoints, start_run, capsys, name, damage, what) -> None:
+    run, options = two_checkpoints
+    newest = find_checkpoints(run / "checkpoints")[-1]
+    damage(newest / name)
+    with pytest.raises(UserError, match=f"--resume: .*step-00000004 .*{what}; give another checkpoint, or `last`"):
+        start_run(run, resume=newest, **options)
+    _, resumed = start_run(run, resume="last", **options)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"warning: .*step-00000004 .*{what}; going back to the one before", line)
+    _, whole = start_run("whole", **options)
+    assert torch.equal(resumed.model.lm_head.weight, whole.model.lm_head.weight)
+    for path in find_checkpoints(run / "checkpoints"):
+        check_seal(path)
+
+
+@pytest.fixture
+def two_checkpoints(start_run, tmp_path) -> tuple[Path, dict]:
+    options = {"max_steps": 6, "checkpoints": Checkpoints(every_n_steps=2)}
+    with pytest.raises(Interrupted):
+        start_run("run", callbacks=[Press("on_train_batch_start", 4)], **options)
+    return tmp_path / "run", options
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(two_checkpoints, start_run, capsys) -> None:
+    run, options = two_checkpoints
+    for checkpoint in find_checkpoints(run / "checkpoints"):
+        flip(checkpoint / "state.json")
+    with pytest.raises(UserError, match=r"step-00000002 is damaged: .*, and there is no other one; start the run anew"):
+        start_run(run, resume="last", **options)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_resume_from_an_earlier_checkpoint_replaces_the_later_ones(start_run, tmp_path) -> None:
@@ -176,10 +228,10 @@ def test_a_resume_from_an_earlier_checkpoint_replaces_the_later_ones(start_run, 
     with pytest.raises(Interrupted):
         start_run("run", resume=first, callbacks=[crash], **options)
     names = [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert names == ["step-00000002.ckpt", "step-00000004.ckpt", "step-00000005.ckpt"]
+    assert names == ["step-00000002", "step-00000004", "step-00000005"]
 
 
 def test_only_the_newest_are_kept(start_run, tmp_path) -> None:
     start_run("run", max_steps=5, checkpoints=Checkpoints(every_n_steps=1, keep=2))
     names = [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert names == ["step-00000004.ckpt", "step-00000005.ckpt"]
+    assert names == ["step-00000004", "step-00000005"]

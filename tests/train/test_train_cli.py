@@ -141,11 +141,11 @@ BAD = {
     ),
     "resume from text": (
         ["--config", "gla-tiny", "--data.files", "text.txt", "--resume", "text.txt"],
-        "text.txt is damaged, or no checkpoint",
+        "--resume: text.txt is no checkpoint: it is not a folder",
     ),
     "resume from nothing": (
-        ["--config", "gla-tiny", "--data.files", "text.txt", "--resume", "x.ckpt"],
-        "--resume x.ckpt: no such file",
+        ["--config", "gla-tiny", "--data.files", "text.txt", "--resume", "nowhere"],
+        "--resume nowhere: no such checkpoint",
     ),
 }  # fmt: skip
 
