@@ -1,5 +1,7 @@
 """Checks that the constructors and the forward passes of all layers share."""
 
+import math
+
 from torch import Tensor
 
 from lm_zoo.kernels.checks import check_cu_seqlens
@@ -37,13 +39,19 @@ def check_index(name: str, value: object, size_name: str, size: object) -> None:
 def head_size(hidden_size: int, num_heads: int, expand: float, name: str) -> int:
     """Channels per head when the layer is `expand` times as wide as its input; `name` is the argument of `expand`."""
     check_positive(name, expand)
-    width = hidden_size * expand
-    if width != int(width) or int(width) % num_heads:
+    width = expanded(hidden_size, expand)
+    if width % num_heads:
         raise ValueError(
             f"{name} = {expand} makes hidden_size = {hidden_size} to {width:g} channels, which num_heads = {num_heads} "
             f"cannot share evenly: change one of the three"
         )
     return int(width) // num_heads
+
+
+def expanded(hidden_size: int, expand: float) -> float:
+    """hidden_size * expand, exactly whole where it is but for the rounding of `expand` = 1/3 or the like."""
+    width = hidden_size * expand
+    return round(width) if math.isclose(width, round(width), rel_tol=1e-9) else width
 
 
 def check_input(x: Tensor, hidden_size: int, state: LayerState | None, cu_seqlens: Tensor | None) -> None:

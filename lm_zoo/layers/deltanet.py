@@ -1,16 +1,19 @@
 """DeltaNet: a matrix-valued state that is corrected towards each value, rather than added to."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lm_zoo.kernels import l2_norm
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size, head_size
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.checks import check_flag, check_positive, check_size, head_size
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
 
 
-class DeltaNet(Mixer):
+class DeltaNet(QKVMixer):
     r"""DeltaNet (Yang et al. 2024, arXiv 2406.06484).
 
         S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T       o_t = K^{-1/2} S_t^T q_t        per head
@@ -78,16 +81,22 @@ class DeltaNet(Mixer):
         S = recurrent_state(*shape, device, dtype)
         return LayerState({"S": S, "conv": self.conv.init_state(batch_size, device, dtype)})
 
-    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        check_input(x, self.hidden_size, state, cu_seqlens)
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        expand = num_heads * head_size / hidden_size
+        return {"num_heads": num_heads, "expand_k": expand, "expand_v": expand}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        qkv = torch.cat([q, k, v], dim=-1)
         qk, v = self.conv(qkv, state, cu_seqlens).tensor_split((2 * self.num_heads * self.key_size,), dim=-1)
         q, k = l2_norm(qk.unflatten(-1, (2 * self.num_heads, -1))).chunk(2, dim=2)
         v = v.unflatten(-1, (self.num_heads, -1))
         beta = write_strength(self.beta_proj(x), self.allow_negative_eigenvalues)
         o = recur(q, k, v, None, beta, state=state, cu_seqlens=cu_seqlens)
         gate = None if self.gate_proj is None else self.gate_proj(x).unflatten(-1, (self.num_heads, -1))
-        return self.o_proj(self.norm(o, gate).flatten(2))
+        return self.norm(o, gate).flatten(2)
 
 
 def write_strength(logits: Tensor, allow_negative_eigenvalues: bool) -> Tensor:

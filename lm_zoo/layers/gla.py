@@ -1,15 +1,18 @@
 """Gated linear attention: a matrix-valued state whose every key channel forgets at its own, input-dependent rate."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_input, check_positive, check_size, head_size
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.checks import check_positive, check_size, head_size
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.norm import RMSNorm
 
 
-class GatedLinearAttention(Mixer):
+class GatedLinearAttention(QKVMixer):
     r"""Gated linear attention (Yang et al. 2023, arXiv 2312.06635).
 
         S_t = Diag(a_t) S_{t-1} + k_t v_t^T        o_t = K^{-1/2} S_t^T q_t        per head
@@ -69,13 +72,17 @@ class GatedLinearAttention(Mixer):
         shape = (batch_size, self.num_heads, self.key_size, self.value_size)
         return LayerState({"S": recurrent_state(*shape, device, dtype)})
 
-    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        check_input(x, self.hidden_size, state, cu_seqlens)
-        heads = (self.num_heads, -1)
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        expand = num_heads * head_size / hidden_size
+        return {"num_heads": num_heads, "expand_k": expand, "expand_v": expand}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         q, k, v, z, gate = (
-            projection(x).unflatten(-1, heads)
-            for projection in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj, self.gate_proj)
+            y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v, self.decay_proj(x), self.gate_proj(x))
         )
         log_decay = F.logsigmoid(z.to(torch.promote_types(z.dtype, torch.float32))) / self.gate_logit_normalizer
         o = recur(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
-        return self.o_proj(self.norm(o, gate).flatten(2))
+        return self.norm(o, gate).flatten(2)

@@ -1,18 +1,21 @@
 """Kimi delta attention: the delta rule on a state whose every key channel forgets at its own rate."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lm_zoo.kernels import l2_norm
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.checks import check_flag, check_positive, check_size
 from lm_zoo.layers.deltanet import write_strength
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.decay import SoftplusDecay
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
 
 
-class KimiDeltaAttention(Mixer):
+class KimiDeltaAttention(QKVMixer):
     r"""Kimi delta attention of Kimi Linear (Kimi Team 2025, arXiv 2510.26692).
 
         S_t = (I - b_t k_t k_t^T) Diag(a_t) S_{t-1} + b_t k_t v_t^T     o_t = K^{-1/2} S_t^T q_t        per head
@@ -82,16 +85,20 @@ class KimiDeltaAttention(Mixer):
         S = recurrent_state(batch_size, self.num_heads, self.head_size, self.head_size, device, dtype)
         return LayerState({"S": S, "conv": self.conv.init_state(batch_size, device, dtype)})
 
-    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        check_input(x, self.hidden_size, state, cu_seqlens)
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        qkv = self.conv(qkv, state, cu_seqlens).unflatten(-1, (3 * self.num_heads, -1))
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        return {"num_heads": num_heads, "head_size": head_size}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        qkv = self.conv(torch.cat([q, k, v], dim=-1), state, cu_seqlens).unflatten(-1, (3 * self.num_heads, -1))
         qk, v = qkv.tensor_split((2 * self.num_heads,), dim=2)
         q, k = l2_norm(qk).chunk(2, dim=2)
         decay, gate = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.decay_proj, self.gate_proj))
         beta = write_strength(self.beta_proj(x), self.allow_negative_eigenvalues)
         o = recur(q, k, v, self.log_decay(decay), beta, state=state, cu_seqlens=cu_seqlens)
-        return self.o_proj((self.norm(o) * gate.sigmoid()).flatten(2))
+        return (self.norm(o) * gate.sigmoid()).flatten(2)
 
 
 def low_rank(inputs: int, rank: int, outputs: int) -> nn.Sequential:

@@ -1,17 +1,20 @@
 """Mamba-2: a selective state space whose state forgets at one rate per head, which makes it linear attention."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size, expanded
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.decay import SoftplusDecay, running_sign, stretched
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
 
 
-class Mamba2(Mixer):
+class Mamba2(QKVMixer):
     r"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060).
 
         S_t = a_t S_{t-1} + B_t (dt_t x_t)^T       o_t = S_t^T C_t + D x_t       a_t = exp(-exp(A_log) dt_t)    per head
@@ -45,6 +48,8 @@ class Mamba2(Mixer):
     equation = "S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T"
     decay = "per token"
     update = "additive"
+    projections = ("in_proj", "out_proj")
+    values_first = True
 
     def __init__(
         self,
@@ -66,7 +71,7 @@ class Mamba2(Mixer):
         check_flag("allow_negative_eigenvalues", allow_negative_eigenvalues)
         check_positive("expand", expand)
         check_positive("norm_eps", norm_eps)
-        inner = hidden_size * expand
+        inner = expanded(hidden_size, expand)
         if inner % head_size:
             raise ValueError(
                 f"head_size = {head_size} does not divide the {inner:g} channels of expand * hidden_size = {expand} * "
@@ -105,6 +110,26 @@ class Mamba2(Mixer):
     def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         check_input(x, self.hidden_size, state, cu_seqlens)
         z, mixed, dt = self.in_proj(x).split((self.inner_sizes[0], sum(self.inner_sizes), self.num_heads), dim=-1)
+        return self.out_proj(self._mix(mixed, z, dt, state, cu_seqlens))
+
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        expand = num_heads * head_size / hidden_size
+        return {"expand": expand, "head_size": head_size, "state_size": head_size, "num_groups": num_heads}
+
+    @classmethod
+    def between_projections(cls, hidden_size: int, num_heads: int, head_size: int, **options: Any) -> "Mamba2":
+        layer = super().between_projections(hidden_size, num_heads, head_size, **options)
+        layer.gate_proj = nn.Linear(hidden_size, layer.inner_sizes[0], bias=False)
+        layer.dt_proj = nn.Linear(hidden_size, layer.num_heads, bias=False)
+        return layer
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        return self._mix(torch.cat([v, k, q], dim=-1), self.gate_proj(x), self.dt_proj(x), state, cu_seqlens)
+
+    def _mix(self, mixed, z, dt, state, cu_seqlens) -> Tensor:
         v, k, q = self.conv(mixed, state, cu_seqlens).split(self.inner_sizes, dim=-1)
         v = v.unflatten(-1, (self.num_heads, -1))
         k, q = (u.unflatten(-1, (self.num_groups, -1)) for u in (k, q))
@@ -119,7 +144,7 @@ class Mamba2(Mixer):
         if sign is not None:
             o = o * sign
         o = torch.addcmul(o, v, self.D.to(v.dtype)[:, None])
-        return self.out_proj(self.norm(o.flatten(2), z))
+        return self.norm(o.flatten(2), z)
 
 
 class GatedGroupNorm(RMSNorm):

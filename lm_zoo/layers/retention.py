@@ -1,15 +1,18 @@
 """Multi-scale retention: linear attention that forgets at one constant rate per head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_input, check_positive, check_size, head_size
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.checks import check_positive, check_size, head_size
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.rotary import advance, rotary, token_positions
 
 
-class MultiScaleRetention(Mixer):
+class MultiScaleRetention(QKVMixer):
     r"""Multi-scale retention of RetNet (Sun et al. 2023, arXiv 2307.08621).
 
         S_t = g_h S_{t-1} + k_t v_t^T       o_t = K^{-1/2} S_t^T q_t       g_h = 1 - 2^{-5-h},  h = 0 .. H-1
@@ -75,16 +78,19 @@ class MultiScaleRetention(Mixer):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(self.num_heads, device=x.device, dtype=dtype)))
 
-    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        check_input(x, self.hidden_size, state, cu_seqlens)
-        heads = (self.num_heads, -1)
-        q, k, v, gate = (
-            projection(x).unflatten(-1, heads) for projection in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
-        )
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        expand = num_heads * head_size / hidden_size
+        return {"num_heads": num_heads, "expand_k": expand, "expand_v": expand}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        q, k, v, gate = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v, self.gate_proj(x)))
         start = None if state is None else state["position"]
         positions = token_positions(x.shape[1], start, cu_seqlens, device=x.device)
         q, k = rotary(torch.cat([q, k], dim=2), positions, base=self.rope_base).chunk(2, dim=2)
         o = recur(q, k, v, self.log_decay(x), state=state, cu_seqlens=cu_seqlens)
         if state is not None:
             advance(state["position"], x.shape[1], cu_seqlens)
-        return self.o_proj(self.norm(o, gate).flatten(2))
+        return self.norm(o, gate).flatten(2)

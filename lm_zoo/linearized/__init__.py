@@ -10,6 +10,7 @@ from lm_zoo.linearized.inner import INNER_MIXERS, Context, InnerMixer
 from lm_zoo.linearized.interface import softmax
 from lm_zoo.linearized.liger import LigerAttention
 from lm_zoo.linearized.model import LinearizedForCausalLM
+from lm_zoo.linearized.registered import RegisteredMixer
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +21,7 @@ __all__ = [
     "LigerAttention",
     "LinearizedConfig",
     "LinearizedForCausalLM",
+    "RegisteredMixer",
     "check_teacher",
     "family_of",
     "softmax",

@@ -66,6 +66,11 @@ class InnerMixer(nn.Module):
         self.scale = scale
         self.hidden_size = hidden_size
 
+    @classmethod
+    def options(cls) -> list[str]:
+        """The names of the keyword arguments that are not the teacher's to decide."""
+        return [name for name in inspect.signature(cls).parameters if name not in GEOMETRY]
+
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LayerState:
         """The state before the first token; `dtype` is the activations'."""
         raise NotImplementedError(f"{type(self).__name__} does not define init_state")
@@ -100,7 +105,7 @@ def check_options(name: str, options: dict) -> None:
     """Whether the mixer `name` knows all of the options; what values it takes it says itself when it is built."""
     if not isinstance(options, dict):
         raise TypeError(f"mixer_options must hold keyword arguments of the mixer {name!r}, got {options!r}")
-    known = [option for option in inspect.signature(mixer_class(name)).parameters if option not in GEOMETRY]
+    known = mixer_class(name).options()
     for option in options:
         if option in GEOMETRY:
             raise ValueError(f"mixer_options must not have {option!r}: the teacher decides it")
