@@ -16,11 +16,13 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm_zoo.errors import UserError
 from lm_zoo.files import remove_folder, remove_unfinished, whole_folder
+from lm_zoo.train.metrics import MetricsFile
 from lm_zoo.train.snapshot import check_seal, load_snapshot, save_snapshot
 
 NAME = re.compile(r"step-(\d+)")
@@ -60,6 +62,7 @@ class Checkpoints(Checkpoint):
         self._signum = None  # of an earlier run with the same object
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
+        self._repeat_lost_validation(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx: int) -> None:
         if trainer.global_step == self._step:
@@ -103,6 +106,16 @@ class Checkpoints(Checkpoint):
         found = find_checkpoints(self.path(trainer).parent)
         for path in found[: max(0, len(found) - self.keep)] if self.keep else []:
             trainer.strategy.checkpoint_io.remove_checkpoint(path)
+
+    def _repeat_lost_validation(self, trainer: L.Trainer) -> None:
+        """A validation that a kill ended is done first. Lightning would leave it out: its checkpoint is older."""
+        loop = trainer.fit_loop.epoch_loop
+        if not loop.restarting or not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            return
+        done = MetricsFile(Path(trainer.default_root_dir)).has_validation(trainer.global_step)
+        if not trainer.strategy.broadcast(done):
+            loop.val_loop.restarting = False
+            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if self._signum is not None and signum == signal.SIGINT:

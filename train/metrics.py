@@ -111,7 +111,8 @@ class Metrics(L.Callback):
             logger.log_metrics(values, step=trainer.global_step)
 
     def _start_clock(self) -> None:
-        self._clock, self._clocked_tokens, self._paused = time.monotonic(), 0, False
+        self._clock = self._batch_end = time.monotonic()
+        self._clocked_tokens, self._paused = 0, False
 
 
 def memory_gb(device: torch.device) -> float:
@@ -186,7 +187,7 @@ class LossPlot(L.Callback):
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list(csv.DictReader(line for line in file if line.endswith("\n")))  # a kill may leave half a line
 
 
 def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
