@@ -53,8 +53,8 @@ def tokenizer():
 
 def small_student(options: dict | None = None, family: str = "llama", mixer: str = "hybrid", keep=()):
     torch.manual_seed(0)
-    teacher = byte_teacher(family)
-    return LinearizedForCausalLM.from_teacher(teacher, mixer, options or HYBRID["options"], list(keep)).eval()
+    options = HYBRID["options"] if options is None else options
+    return LinearizedForCausalLM.from_teacher(byte_teacher(family), mixer, options, list(keep)).eval()
 
 
 def load_data(tmp_path, val_fraction: float = 0.2) -> LinearizeData:

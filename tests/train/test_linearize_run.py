@@ -15,6 +15,7 @@ from lm_zoo.linearized import LinearizedForCausalLM
 from lm_zoo.train.checkpoints import Interrupted
 from lm_zoo.train.linearize import controls, linearize
 from lm_zoo.train.linearize.data import TextOptions
+from lm_zoo.train.linearize.report import summary
 from lm_zoo.train.linearize.run import Run
 from lm_zoo.train.linearize.work import work_path
 
@@ -76,6 +77,20 @@ def test_the_report_says_what_happened(start) -> None:
         best = min(entry["history"], key=lambda line: line["held_out"])
         assert best["held_out"] < entry["history"][0]["held_out"]
         assert entry["best_step"] == best["step"]
+
+
+def test_layers_replaced_in_steps_are_reported_step_by_step(start, tmp_path) -> None:
+    recover = stage(12, replacement_steps=3, kl=1.0)
+    spec = small_spec(mixer="gated_deltanet", options={}, match_norms=True, recover=recover)
+    _, report = start(spec=spec)
+    names = ["teacher", "untrained", "transfer", "replace_1", "replace_2", "recover", "linear_part_ablated", "final"]
+    assert list(report["perplexity"]) == names
+    assert report["gap_closed"] is None
+    assert list(report["stages"]) == ["transfer", "replace_1", "replace_2", "recover"]
+    assert [report["stages"][name]["steps"] for name in ("replace_1", "replace_2", "recover")] == [4, 4, 4]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f'after replacement step 2</td><td class="number">{report["perplexity"]["replace_2"]:.3f}' in page
+    assert any("after replacement step 1" in line for line in summary(report))
 
 
 def test_the_page_needs_nothing_else(start, tmp_path) -> None:
@@ -140,15 +155,24 @@ def test_the_best_weights_are_kept(start) -> None:
     assert report["perplexity"]["final"] == report["perplexity"]["untrained"]
 
 
+def test_the_seed_says_what_the_mixers_start_with(start) -> None:
+    spec = small_spec(mixer="gated_deltanet", options={}, transfer=None, recover=None)
+    values = [start(str(n), spec, overrides={"seed": seed})[1]["perplexity"] for n, seed in enumerate((0, 0, 1))]
+    assert values[0] == values[1] != values[2]
+
+
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("kill_in", "at"), [("transfer", 2), ("recover", 0), ("recover", 3)])
+@pytest.mark.parametrize(
+    ("kill_in", "at", "parts"),
+    [("transfer", 2, 1), ("recover", 0, 1), ("recover", 3, 1), ("replace_1", 1, 2), ("recover", 1, 2)],
+)
 @pytest.mark.parametrize("parameters", ["lora", "all"])
-def test_killed_and_resumed_is_the_uninterrupted_run(start, tmp_path, monkeypatch, kill_in, at, parameters) -> None:
+def test_killed_and_resumed_is_the_whole_run(start, tmp_path, monkeypatch, kill_in, at, parts, parameters) -> None:
     options = {"window": 4, "window_kind": "terrace", "window_dropout": 0.5}
-    recover = stage(4, parameters=parameters, kl=1.0, train_mixers=True, accumulate=2)
+    recover = stage(4, parameters=parameters, kl=1.0, train_mixers=True, accumulate=2, replacement_steps=parts)
     spec = small_spec(transfer=stage(4, accumulate=2), recover=recover, options=options)
     whole, expected = start("whole", spec)
     after_step = Run._after_step

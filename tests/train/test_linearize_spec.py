@@ -1,10 +1,11 @@
 """Specs: every preset makes a student, every wrong word is named."""
 
 import pytest
-from linearize_fixtures import small_spec, small_student
+from linearize_fixtures import byte_teacher, small_spec, small_student, stage
 
 from lm_zoo.errors import UserError
 from lm_zoo.train.linearize import LinearizeSpec
+from lm_zoo.train.linearize.run import fitting
 from lm_zoo.train.linearize.spec import presets
 
 
@@ -53,6 +54,14 @@ BAD = {
     "nothing to learn": (
         {"mixer": "hybrid", "recover": {"tokens": 1, "learning_rate": 1, "next_token": 0}},
         "nothing to learn",
+    ),
+    "no replacement": (
+        {"mixer": "hybrid", "recover": {"tokens": 1, "learning_rate": 1, "replacement_steps": 0}},
+        "recover.replacement_steps=0 must be at least 1",
+    ),
+    "kept twice": (
+        {"mixer": "hybrid", "keep_layers": [0], "keep_every": 4},
+        "keep_layers and keep_every both say",
     ),
     "no window where one is needed": (
         {"mixer": "hybrid", "options": {"window": 0, "window_kind": "terrace"}},
@@ -109,3 +118,22 @@ def test_steps_end_with_the_tokens_or_with_the_passes() -> None:
     stage = small_spec().override({"recover.accumulate": 2, "recover.tokens": 32 * 8 * 10}).recover
     assert stage.steps(rows=1000) == 10  # 8 rows of 32 tokens in a step
     assert small_spec().override({"recover.max_epochs": 2}).recover.steps(rows=6) == 3
+
+
+def test_every_nth_layer_is_kept_at_any_depth() -> None:
+    def kept(layers: int, **values) -> tuple[int, ...]:
+        return fitting(small_spec(keep_every=4).override(values), byte_teacher(num_hidden_layers=layers)).keep_layers
+
+    assert kept(8) == (3, 7)
+    assert kept(5) == (3,)
+    assert kept(3) == ()
+    assert kept(5, keep_layers=[0, -1]) == (0, 4)
+    assert kept(5, keep_every=2) == (1, 3)
+
+
+def test_replacement_steps_share_the_text() -> None:
+    spec = small_spec(recover=stage(12, replacement_steps=3))
+    assert [spec.recover.steps(rows=1000), spec.recover.part.steps(rows=1000)] == [12, 4]
+    few_rows = spec.override({"recover.tokens": 10**9, "recover.max_epochs": 6}).recover
+    assert [few_rows.steps(rows=8), few_rows.part.steps(rows=8)] == [12, 4]
+    assert fitting(spec, byte_teacher(num_hidden_layers=2)).recover.replacement_steps == 2

@@ -180,6 +180,34 @@ def test_the_teacher_in_recovery_stays_itself(batch, parameters) -> None:
     assert moved == pytest.approx(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("step", "waiting"), [(1, [1]), (2, [])])
+def test_layers_are_replaced_step_by_step(batch, step, waiting) -> None:
+    """Of three the first and the last in the first of two steps; the others keep the softmax that trains with them."""
+    student, expected = small_student(), small_student(keep=waiting)
+    recovery = Recovery(student, Recover(tokens=1, learning_rate=1, parameters="all", replacement_steps=2), seed=0)
+    assert recovery.loss(batch).item() == pytest.approx(_next_token_loss(small_student(), batch), rel=1e-5)
+    recovery.replace(step)
+    recovery.backward(batch, 1.0)
+    assert recovery.loss(batch).item() == pytest.approx(_next_token_loss(expected, batch), rel=1e-5)
+    assert recovery.held_out_loss(_OneBatch(batch), 1) == pytest.approx(_next_token_loss(expected, batch), rel=1e-5)
+    for layer, module in enumerate(student.attention_layers):
+        learns = [parameter.grad is not None for parameter in module.mixer.parameters()]
+        assert learns == [layer not in waiting] * len(learns)
+        assert module.q_proj.weight.grad.abs().max() > 0
+
+
+class _OneBatch:
+    def __init__(self, batch) -> None:
+        self.batch = batch
+
+    def batches(self, rows, tokens):
+        return [self.batch]
+
+
+def _next_token_loss(student, batch) -> float:
+    return student(batch.input_ids, labels=batch.input_ids, cu_seqlens=batch.cu_seqlens).loss.item()
+
+
 def _log_probabilities(teacher, batch):
     borders = itertools.pairwise(batch.cu_seqlens.tolist())
     with torch.no_grad():
@@ -273,6 +301,34 @@ def test_perplexities(tmp_path) -> None:
         values[name] = torch.tensor(nats / tokens).exp().item()
     assert controls.perplexity(student, rows, 10**9) == pytest.approx(values["student"], rel=1e-4)
     assert controls.perplexity(student, rows, 10**9, softmax) == pytest.approx(values["teacher"], rel=1e-4)
+
+
+def test_without_a_window_nothing_is_left_of_attention(tmp_path) -> None:
+    """As if the teacher's output projections were zero in the layers that are replaced."""
+    student, rows = randomised(small_student({"window": 0}, keep=[1])), load_data(tmp_path).rows("measuring", 32)
+    ablated = controls.perplexity(student, rows, 10**9, controls.window_only)
+    with torch.no_grad():
+        for layer in (0, 2):
+            student.attention_layers[layer].o_proj.weight.zero_()
+    assert ablated == pytest.approx(controls.perplexity(student, rows, 10**9, softmax), rel=1e-6)
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "mamba2"])
+def test_norms_are_matched_per_head(batch, mixer) -> None:
+    student = small_student({}, mixer=mixer, keep=[1])
+    transfer.match_norms(student, batch)
+    for layer, (module, q, k, v, context) in attention_inputs(student, batch).items():
+        if layer == 1:
+            continue
+        expected = softmax(module, q, k, v, context)
+        with torch.no_grad():
+            output = module.mixer(q, k, v, context=context, state=None, cu_seqlens=context.cu_seqlens)
+        assert_close(output.square().sum(dim=(0, 1, 3)), expected.square().sum(dim=(0, 1, 3)), 1e-4)
+
+
+def test_norms_of_a_mixer_without_a_scale_cannot_be_matched(batch) -> None:
+    with pytest.raises(ValueError, match="match_norms: the mixer 'hybrid'"):
+        transfer.match_norms(small_student(), batch)
 
 
 def test_the_gap() -> None:

@@ -35,7 +35,9 @@ def test_lolcats_closes_most_of_the_gap(stories, tmp_path) -> None:
 
 def test_hedgehog_needs_no_window(stories, tmp_path) -> None:
     report = report_of(stories, tmp_path, "hedgehog")
-    assert report["perplexity"].keys() == {"teacher", "untrained", "transfer", "recover", "final"}
+    assert report["perplexity"].keys() == {
+        "teacher", "untrained", "transfer", "recover", "linear_part_ablated", "final",
+    }  # fmt: skip
     assert report["times_the_teachers"] <= 2
 
 

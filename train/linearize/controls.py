@@ -44,10 +44,15 @@ def perplexity(
 
 
 def window_only(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-    """The observer for "window only": each replaced layer's softmax over its mixer's window, and nothing beyond."""
+    """The observer for "window only": each replaced layer's softmax over its mixer's window, and nothing beyond.
+
+    Without a window nothing is left, and the layer's attention adds nothing to its input.
+    """
     if module.mixer is None:
         return softmax(module, q, k, v, context)
     window, kind = window_of(module.mixer)
+    if window == 0:
+        return torch.zeros_like(q)
     bounds = [0, q.shape[1]] if context.cu_seqlens is None else context.cu_seqlens.tolist()
     outputs = []
     for start, end in itertools.pairwise(bounds):

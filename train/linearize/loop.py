@@ -120,7 +120,7 @@ class StageLoop:
         self.has_diverged = True
         return UserError(
             f"the loss of the stage {self.name} is not finite after step {self.step} of {self.steps}; "
-            f"lower its learning rate ({self.stage.learning_rate:g}) with --{self.name}-lr"
+            f"lower its learning rate ({self.stage.learning_rate:g}) with --{type(self.stage).__name__.lower()}-lr"
         )
 
     def state_dict(self) -> dict[str, Any]:

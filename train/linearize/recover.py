@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_zoo.errors import UserError
 from lm_zoo.linearized import LinearizedForCausalLM
+from lm_zoo.linearized.inner import Context
 from lm_zoo.linearized.interface import softmax
 from lm_zoo.modules.loss import CHUNK_ELEMENTS
+from lm_zoo.train.linearize.controls import replaced_layers
 from lm_zoo.train.linearize.data import Batch, PackedRows
 from lm_zoo.train.linearize.spec import Recover
 from lm_zoo.train.linearize.transfer import mixer_parameters
@@ -33,6 +35,7 @@ class Recovery:
     def __init__(self, student: LinearizedForCausalLM, options: Recover, seed: int) -> None:
         self.student, self.options = student, options
         self._adapters = self._reference = None
+        self._waiting: set[int] = set()  # layers whose softmax is still to be replaced
         student.requires_grad_(False)
         if options.parameters == "all":
             # The teacher's weights will change under it, so that it needs its own.
@@ -48,11 +51,24 @@ class Recovery:
         """What is trained, by name."""
         return {name: value for name, value in self.student.named_parameters() if value.requires_grad}
 
+    def replace(self, step: int) -> None:
+        """Go to a step of the stepwise replacement, counted from 1; a new `Recovery` has all mixers at work."""
+        parts = self.options.replacement_steps
+        layers = [module.layer_idx for module in replaced_layers(self.student)]
+        self._waiting = {layer for number, layer in enumerate(layers) if number % parts >= step}
+
+    def observer(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Softmax where the mixer is not at work yet."""
+        if module.mixer is None or module.layer_idx in self._waiting:
+            return softmax(module, q, k, v, context)
+        return module.mixer(q, k, v, context=context, state=None, cu_seqlens=context.cu_seqlens)
+
     def loss(self, batch: Batch) -> Tensor:
         """next_token * cross entropy + kl * divergence from the teacher: means over the tokens with a next one."""
         options, student = self.options, self.student
         index, targets = batch.next_tokens()
-        hidden = student.hidden_states(batch.input_ids, cu_seqlens=batch.cu_seqlens)[0, index]
+        with student.observed(self.observer):
+            hidden = student.hidden_states(batch.input_ids, cu_seqlens=batch.cu_seqlens)[0, index]
         loss = hidden.new_zeros((), dtype=torch.float32)
         if options.next_token > 0:
             loss = loss + options.next_token * student.head_loss(hidden, targets)

@@ -17,6 +17,7 @@ NAMES = {
     "window_only": "window only, untrained",
     "untrained": "untrained swap",
     "transfer": "after transfer",
+    "replace": "after replacement step {}",
     "recover": "after recovery",
     "linear_part_ablated": "final, linear part ablated",
 }
@@ -42,7 +43,7 @@ def as_html(report: dict[str, Any]) -> str:
         f"<h1>{title}</h1>",
         f"<p>{_summary(report)}</p>",
         "<h2>Perplexity on held-out text</h2>",
-        _table((NAMES[name], f"{report['perplexity'][name]:.3f}") for name in _in_order(report["perplexity"])),
+        _table((name, f"{value:.3f}") for name, value in _in_order(report["perplexity"])),
         _perplexities(report),
         _errors(report),
         _losses(report),
@@ -63,7 +64,7 @@ def as_html(report: dict[str, Any]) -> str:
 
 def summary(report: dict[str, Any]) -> list[str]:
     """The report in a few lines, for a terminal."""
-    lines = [f"{NAMES[name]:<28}{report['perplexity'][name]:10.3f}" for name in _in_order(report["perplexity"])]
+    lines = [f"{name:<28}{value:10.3f}" for name, value in _in_order(report["perplexity"])]
     return [f"perplexity on {report['held_out_tokens']:,} held-out tokens", *lines, _summary(report)]
 
 
@@ -77,8 +78,15 @@ def _summary(report: dict[str, Any]) -> str:
     )
 
 
-def _in_order(perplexities: dict[str, float]) -> list[str]:
-    return [name for name in NAMES if name in perplexities]
+def _in_order(perplexities: dict[str, float]) -> list[tuple[str, float]]:
+    """What was measured, named for a reader, in the order of `NAMES`."""
+    named = []
+    for kind, name in NAMES.items():
+        for key, value in perplexities.items():
+            step = key.removeprefix(f"{kind}_")
+            if key == kind or step.isdecimal():
+                named.append((name.format(step), value))
+    return named
 
 
 def _costs(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -105,12 +113,11 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _perplexities(report: dict[str, Any]) -> str:
-    values = report["perplexity"]
-    names = _in_order(values)
-    figure = Figure(figsize=(7, 0.6 + 0.35 * len(names)), layout="constrained")
+    values = _in_order(report["perplexity"])
+    figure = Figure(figsize=(7, 0.6 + 0.35 * len(values)), layout="constrained")
     axes = figure.add_subplot(xlabel="perplexity", xscale="log")
-    axes.barh([NAMES[name] for name in names], [values[name] for name in names], color="C0")
-    axes.axvline(values["teacher"], color="black", linewidth=1, linestyle=":")
+    axes.barh(*zip(*values, strict=True), color="C0")
+    axes.axvline(report["perplexity"]["teacher"], color="black", linewidth=1, linestyle=":")
     axes.invert_yaxis()
     return _svg(figure)
 

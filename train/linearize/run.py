@@ -31,6 +31,7 @@ from lm_zoo.train.packing import Selection
 from lm_zoo.train.quiet import quiet_libraries
 
 MODES = ("memory", "stream")
+MATCHED_ROWS = 4  # of text, to match the norms on
 Data = str | Path | list | tuple | TextOptions
 
 
@@ -103,9 +104,11 @@ class Run:
         self.teacher, self.tokenizer = self._load_teacher(teacher, tokenizer)
         check_tokenizer(self.tokenizer)
         self.spec = fitting(spec, self.teacher)
-        self.student = self.student_class.from_teacher(
-            self.teacher, self.spec.mixer, dict(self.spec.options), list(self.spec.keep_layers)
-        ).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.spec.seed)  # of the mixers' first weights
+            self.student = self.student_class.from_teacher(
+                self.teacher, self.spec.mixer, dict(self.spec.options), list(self.spec.keep_layers)
+            ).eval()
         self.device, self.dtype = self.student.device, self.student.dtype
         self._cast_mixers(torch.promote_types(self.dtype, torch.float32))  # 16 bits are too coarse to train in
         if self.spec.transfer is not None:
@@ -161,6 +164,9 @@ class Run:
 
     def _stages(self, state: dict[str, Any] | None) -> None:
         if state is None:
+            if self.spec.match_norms:
+                rows = self.data.rows("training", self.spec.length)
+                transfer.match_norms(self.student, next(rows.batches(MATCHED_ROWS)).to(self.device))
             self._measure_start()
         else:
             self.measured = state["measured"]
@@ -169,8 +175,7 @@ class Run:
             if name in self.measured["stages"]:
                 continue
             self.stage = name
-            stage_state = state["loop"] if state is not None and state["stage"] == name else None
-            {"transfer": self._transfer, "recover": self._recover}[name](number, stage_state)
+            {"transfer": self._transfer, "recover": self._recover}[name](number, state)
             self.stage = self.loop = None
         self._measure_end()
 
@@ -188,7 +193,7 @@ class Run:
         student.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        self._train(number, parameters, transfer.by_layer(parameters), backward, validate, state)
+        self._train(number, options, parameters, transfer.by_layer(parameters), backward, validate, state)
         student.requires_grad_(True)
         self.measured["layer_error"]["after"] = self._layer_errors()
         self._measure("transfer")
@@ -202,12 +207,19 @@ class Run:
         def validate():
             return recovery.held_out_loss(choosing, self.spec.measure_tokens)
 
-        self._train(number, parameters, [list(parameters)], recovery.backward, validate, state)
+        for step in range(1, options.replacement_steps + 1):
+            self.stage = "recover" if step == options.replacement_steps else f"replace_{step}"
+            recovery.replace(step)
+            if self.stage in self.measured["stages"]:
+                continue
+            order = number + step - 1
+            self._train(order, options.part, parameters, [list(parameters)], recovery.backward, validate, state)
+            if self.stage != "recover":
+                self._measure(self.stage, recovery.observer)
         recovery.finish()
         self._measure("recover")
 
-    def _train(self, number, parameters, clip_groups, backward, validate, state) -> None:
-        options = self.spec.stages[self.stage]
+    def _train(self, number, options, parameters, clip_groups, backward, validate, state) -> None:
         self.loop = loop = StageLoop(
             self.stage,
             options,
@@ -220,8 +232,8 @@ class Run:
             seed=self.spec.seed + number,
             log=self.log,
         )
-        if state is not None:
-            loop.load_state_dict(state)
+        if state is not None and state["stage"] == self.stage:
+            loop.load_state_dict(state["loop"])
         loop.run(self._after_step)
         self.measured["stages"][self.stage] = {
             "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
@@ -276,7 +288,7 @@ class Run:
         self._cast_mixers(self.dtype)
         values = self.measured["perplexity"]
         final = self._perplexity()
-        if controls.has_window(self.student):
+        if controls.replaced_layers(self.student):
             self._measure("linear_part_ablated", controls.window_only)
         self.measured["perplexity"]["final"] = final
         self.measured["gap_closed"] = controls.gap_closed(values.get("window_only"), values["teacher"], final)
@@ -343,9 +355,13 @@ def fitting(spec: LinearizeSpec, teacher: PreTrainedModel) -> LinearizeSpec:
     for layer in spec.keep_layers:
         if not -layers <= layer < layers:
             raise UserError(f"keep_layers: the teacher has layers 0 to {layers - 1}, and no layer {layer}")
-    values["keep_layers"] = sorted({layer % layers for layer in spec.keep_layers})
+    kept = range(layers)[spec.keep_every - 1 :: spec.keep_every] if spec.keep_every else spec.keep_layers
+    values["keep_layers"] = sorted({layer % layers for layer in kept})
     if len(values["keep_layers"]) == layers:  # nothing is replaced, so there is nothing to learn
         spec = dataclasses.replace(spec, transfer=None, recover=None)
+    elif spec.recover is not None:
+        replaced = layers - len(values["keep_layers"])
+        values["recover.replacement_steps"] = min(spec.recover.replacement_steps, replaced)
     for name, stage in spec.stages.items():
         if limit is not None and stage.length > limit:
             values[f"{name}.length"] = limit

@@ -108,6 +108,8 @@ class Recover(Stage):
         projections: which of q, k, v and o get one; a fused projection does where any of its parts would.
         next_token: how much the cross entropy of the text's next token counts.
         kl: how much the divergence from the teacher's distribution of the next token counts.
+        replacement_steps: stepwise replacement: in step i of n the i-th of every n layers gets its mixer, those of
+            earlier steps keep theirs, and the student learns for its part of the tokens with softmax in all others.
     """
 
     parameters: Literal["lora", "all"] = "lora"
@@ -117,16 +119,24 @@ class Recover(Stage):
     projections: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
     next_token: float = 1.0
     kl: float = 0.0
+    replacement_steps: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "rank", self.rank >= 1, "must be at least 1")
+        for name in ("rank", "replacement_steps"):
+            _check(self, name, getattr(self, name) >= 1, "must be at least 1")
         _check(self, "alpha", self.alpha > 0, "must be above 0")
         _check(self, "projections", len(self.projections) > 0, "must name one of q, k, v, o at least")
         for name in ("next_token", "kl"):
             _check(self, name, getattr(self, name) >= 0, "must not be negative")
         if self.next_token == self.kl == 0:
             raise UserError("recover.next_token and recover.kl are both 0, which leaves nothing to learn; raise one")
+
+    @property
+    def part(self) -> Recover:
+        """What one of the `replacement_steps` has of the text."""
+        parts = self.replacement_steps
+        return dataclasses.replace(self, tokens=math.ceil(self.tokens / parts), max_epochs=self.max_epochs / parts)
 
 
 @dataclass(frozen=True)
@@ -137,17 +147,21 @@ class LinearizeSpec:
         mixer: name of the inner mixer that takes the place of softmax attention.
         options: its keyword arguments.
         keep_layers: layers that keep the teacher's softmax attention, counted from 0; negative ones from the last.
+        keep_every: instead of naming them, n: the last of every n layers keeps it. Overriding `keep_layers` unsets it.
+        match_norms: whether the mixers are scaled at first so that each head's output has the norm of the teacher's.
         transfer, recover: the stages; `None` leaves one out.
         self_tokens: of text that the teacher writes itself, to train on beside the given text: a small text is soon
             known by heart, and what the teacher does can be learnt from its own.
         val_fraction: part of the text that is held out, where no validation text is given.
         measure_tokens: held-out tokens that the controls are measured on, at most.
-        seed: of the order of the text and of the adapters.
+        seed: of the order of the text, of the adapters, and of what the mixers start with.
     """
 
     mixer: str
     options: dict[str, Any] = field(default_factory=dict)
     keep_layers: tuple[int, ...] = ()
+    keep_every: int | None = None
+    match_norms: bool = False
     transfer: Transfer | None = None
     recover: Recover | None = None
     self_tokens: int = 0
@@ -161,6 +175,9 @@ class LinearizeSpec:
         _check(self, "measure_tokens", self.measure_tokens >= 1, "must be at least 1")
         _check(self, "self_tokens", self.self_tokens >= 0, "must not be negative")
         _check(self, "seed", self.seed >= 0, "must not be negative")
+        _check(self, "keep_every", self.keep_every is None or self.keep_every >= 1, "must be at least 1")
+        if self.keep_layers and self.keep_every is not None:
+            raise UserError("keep_layers and keep_every both say which layers keep their attention; leave out one")
         if self.options.get("window") == 0 and "window_kind" in self.options:
             raise UserError("options.window=0 leaves no window, and this preset needs one; give 1 or more, or hedgehog")
 
@@ -184,6 +201,8 @@ class LinearizeSpec:
         for stage in self.stages:
             if f"{stage}.learning_rate" in values:
                 values = {f"{stage}.rate_width": None, **values}
+        if "keep_layers" in values:
+            values = {"keep_every": None, **values}
         for name, value in values.items():
             spec = _replace(spec, name, name.split("."), value)
         return spec

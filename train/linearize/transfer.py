@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_zoo.errors import UserError
-from lm_zoo.linearized import LinearizedForCausalLM
+from lm_zoo.linearized import LinearizedForCausalLM, RegisteredMixer
 from lm_zoo.linearized.inner import Context
 from lm_zoo.linearized.interface import softmax
 from lm_zoo.train.linearize.data import Batch, PackedRows
@@ -20,6 +20,7 @@ from lm_zoo.train.linearize.spec import Transfer
 from lm_zoo.train.linearize.weights import weights_cross_entropy
 
 MSE_FACTOR = 1000.0  # as published: heads' outputs are small
+TINY = 1e-30  # for a head whose mixer says nothing
 
 
 class LayerLosses:
@@ -81,6 +82,25 @@ def mean_losses(
             sums[layer] = sums.get(layer, 0.0) + float(loss) * tokens
         count += tokens
     return {layer: total / count for layer, total in sums.items()}
+
+
+@torch.no_grad()
+def match_norms(student: LinearizedForCausalLM, batch: Batch) -> None:
+    """Scale each mixer so that the norm of each head's output is the teacher's on the batch, from the same inputs."""
+    mixer = student.config.mixer
+
+    def match(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        target = softmax(module, q, k, v, context)
+        if module.mixer is not None:
+            if not isinstance(module.mixer, RegisteredMixer):
+                raise UserError(f"match_norms: the mixer {mixer!r} has no scale that could be set; leave it out")
+            output = module.mixer(q, k, v, context=context, state=None, cu_seqlens=context.cu_seqlens)
+            norms = [y.float().square().sum(dim=(0, 1, 3)).sqrt() for y in (target, output)]
+            module.mixer.match_norm(norms[0] / norms[1].clamp_min(TINY))
+        return target
+
+    with student.observed(match):
+        student.hidden_states(batch.input_ids, cu_seqlens=batch.cu_seqlens)
 
 
 def mixer_parameters(student: LinearizedForCausalLM) -> dict[str, nn.Parameter]:
