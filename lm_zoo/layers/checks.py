@@ -36,6 +36,16 @@ def check_index(name: str, value: object, size_name: str, size: object) -> None:
         raise ValueError(f"{name} must be in [0, {size_name} = {size}), got {value}")
 
 
+def channels_per_head(hidden_size: int, num_heads: int, head_size: int | None) -> int:
+    """`head_size`, or hidden_size / num_heads if it is not given."""
+    if head_size is not None:
+        check_size("head_size", head_size)
+        return head_size
+    if hidden_size % num_heads:
+        raise ValueError(f"num_heads = {num_heads} does not divide hidden_size = {hidden_size}: change one of them")
+    return hidden_size // num_heads
+
+
 def head_size(hidden_size: int, num_heads: int, expand: float, name: str) -> int:
     """Channels per head when the layer is `expand` times as wide as its input; `name` is the argument of `expand`."""
     check_positive(name, expand)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lm_zoo.kernels.checks import check_bounds
+from lm_zoo.kernels.sequence_parallel import Segment, SequenceGroup, active_group, alone, gather_tokens, tokens_before
 from lm_zoo.layers.base import LayerState
 from lm_zoo.modules.attention import attend, attend_window
 
@@ -34,6 +35,8 @@ def softmax_attention(
         state: of `key_values`, with the same window; takes in the keys and values.
         cu_seqlens: `[N + 1]` borders of N documents packed along time; B = 1, and the state has N rows.
     """
+    if (group := active_group()) is not None:
+        return _attend_segment(q, k, v, window, scale, state, cu_seqlens, group)
     if cu_seqlens is None:
         if state is not None:
             return state.attend(q, k, v, scale)
@@ -51,6 +54,47 @@ def softmax_attention(
         outputs.append(softmax_attention(*document, window=window, scale=scale, state=row))
         if row is not None:
             state.put(n, row)
+    return torch.cat(outputs, dim=2)
+
+
+@torch.compiler.disable
+def _attend_segment(q, k, v, window, scale, state, cu_seqlens, group: SequenceGroup) -> Tensor:
+    """The same for a segment: its queries look at the keys of the segments before as well, which are gathered.
+
+    A window takes no more of them than it sees. With a state, which takes in all keys, every rank computes all outputs.
+    """
+    length = q.shape[2]
+    segment = Segment(group, length, cu_seqlens, q.device)
+    if state is not None:
+        q, k, v = (gather_tokens(x, 2, group) for x in (q, k, v))
+        with alone():
+            o = softmax_attention(q, k, v, window=window, scale=scale, state=state, cu_seqlens=cu_seqlens)
+        return group.segment(o, dim=2)
+    pairs, reach = torch.cat([k, v], dim=-1), segment.offset
+    if window is None:
+        pairs = gather_tokens(pairs, 2, group)[:, :, : segment.offset + length]
+    else:
+        window = min(window, group.size * length)
+        before = tokens_before(pairs.transpose(1, 2).contiguous(), window, group).transpose(1, 2)
+        pairs, reach = torch.cat([before, pairs], dim=2), window
+    k, v = pairs.split((k.shape[-1], v.shape[-1]), dim=-1)
+    documents = [(-segment.offset, length)]  # start and end of each, counted from the first token here
+    if cu_seqlens is not None:
+        documents = [(a - segment.offset, b - segment.offset) for a, b in itertools.pairwise(cu_seqlens.tolist())]
+    outputs = []
+    for start, end in documents:
+        first, end = max(start, 0), min(end, length)
+        if first >= end:
+            continue
+        seen = slice(reach + max(start, -reach), reach + end)
+        if window is None:
+            outputs.append(attend(q[:, :, first:end], k[:, :, seen], v[:, :, seen], scale=scale))
+            continue
+        past = slice(first, first + window)  # the `window` keys before, of which as many count as the document has
+        count = torch.full((1,), min(first - start, window), device=q.device)
+        new = slice(reach + first, reach + end)
+        past = (k[:, :, past], v[:, :, past], count)
+        outputs.append(attend_window(q[:, :, first:end], k[:, :, new], v[:, :, new], window, past, scale))
     return torch.cat(outputs, dim=2)
 
 

@@ -1,11 +1,14 @@
 """LightNet: linear attention whose keys are a running softmax over time, so that nothing needs a denominator."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_input, check_positive, check_size
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.checks import channels_per_head, check_positive, check_size
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.log_sum_exp import running_log_sum_exp
 from lm_zoo.modules.norm import RMSNorm
 
@@ -18,7 +21,7 @@ class LightNetState(LayerState):
         self["z"].fill_(-torch.inf)
 
 
-class LightNet(Mixer):
+class LightNet(QKVMixer):
     r"""The additive recurrence of LightNet (Qin et al. 2024, arXiv 2405.21022), causal.
 
         z_t = log(exp(z_{t-1}) + exp(W_k x_t))                                                per key channel
@@ -32,6 +35,7 @@ class LightNet(Mixer):
     Args:
         hidden_size: D, size of the input and the output.
         num_heads: H; one for every 128 channels if not given.
+        head_size: K and V, channels per head; hidden_size / H if not given.
         gate_rank: inner size of the low-rank map W_2 W_1 of the output gate.
         norm_eps: epsilon of the norm.
 
@@ -44,48 +48,60 @@ class LightNet(Mixer):
     decay = "per key channel"
     update = "additive"
 
-    def __init__(self, hidden_size: int, num_heads: int | None = None, *, gate_rank: int = 128, norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int | None = None,
+        *,
+        head_size: int | None = None,
+        gate_rank: int = 128,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         check_size("hidden_size", hidden_size)
         num_heads = max(1, hidden_size // 128) if num_heads is None else num_heads
         check_size("num_heads", num_heads)
         check_size("gate_rank", gate_rank)
         check_positive("norm_eps", norm_eps)
-        if hidden_size % num_heads:
-            raise ValueError(f"num_heads = {num_heads} does not divide hidden_size = {hidden_size}: change one of them")
+        self.head_size = channels_per_head(hidden_size, num_heads, head_size)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        channels = num_heads * self.head_size
+        self.q_proj = nn.Linear(hidden_size, channels, bias=False)
+        self.k_proj = nn.Linear(hidden_size, channels, bias=False)
+        self.v_proj = nn.Linear(hidden_size, channels, bias=False)
         self.gate_proj = nn.Sequential(
-            nn.Linear(hidden_size, gate_rank, bias=False), nn.Linear(gate_rank, hidden_size, bias=False)
+            nn.Linear(hidden_size, gate_rank, bias=False), nn.Linear(gate_rank, channels, bias=False)
         )
-        self.norm = RMSNorm(hidden_size, eps=norm_eps)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm = RMSNorm(channels, eps=norm_eps)
+        self.o_proj = nn.Linear(channels, hidden_size, bias=False)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LightNetState:
         device, dtype = self._placement(device, dtype)
-        size = self.hidden_size // self.num_heads
-        S = recurrent_state(batch_size, self.num_heads, size, size, device, dtype)
+        S = recurrent_state(batch_size, self.num_heads, self.head_size, self.head_size, device, dtype)
         return LightNetState({"S": S, "z": self._start(batch_size, device)})
 
     def _start(self, rows: int, device: torch.device) -> Tensor:
         wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        return torch.full((rows, self.hidden_size), -torch.inf, device=device, dtype=wide)
+        return torch.full((rows, self.num_heads * self.head_size), -torch.inf, device=device, dtype=wide)
 
-    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        check_input(x, self.hidden_size, state, cu_seqlens)
-        q, logits, v = F.silu(self.q_proj(x)), self.k_proj(x), self.v_proj(x)
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        return {"num_heads": num_heads, "head_size": head_size}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        q, logits = F.silu(q), k
         if state is None:
             start = self._start(x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, x.device)
         else:
             start = state["z"].clone()  # the write below must not reach what the backward pass reads
-        before, z, last = running_log_sum_exp(logits, start, cu_seqlens)
+        before, z, last = running_log_sum_exp(logits, start, cu_seqlens, output_final_state=state is not None)
         dtype = torch.promote_types(q.dtype, torch.float32)
         log_decay, k = (before - z).clamp(max=0).to(dtype), (logits - z).exp().to(q.dtype)
         q, k, v, log_decay = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v, log_decay))
         o = recur(q, k, v, log_decay, scale=1.0, state=state, cu_seqlens=cu_seqlens)
         if state is not None:
             state.write("z", last)
-        return self.o_proj(self.norm(o.flatten(2), self.gate_proj(x)))
+        return self.norm(o.flatten(2), self.gate_proj(x))

@@ -1,17 +1,20 @@
 """Lightning attention: linear attention whose heads forget at constant rates, set by head and depth."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_zoo.kernels.checks import check_option
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_flag, check_index, check_input, check_positive, check_size
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.checks import channels_per_head, check_flag, check_index, check_positive, check_size
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.rotary import LearnedRotary, advance, token_positions
 
 
-class LightningAttention(Mixer):
+class LightningAttention(QKVMixer):
     r"""Lightning attention of TransNormerLLM (Qin et al. 2023, arXiv 2307.14995; Lightning Attention-2, 2401.04658).
 
         S_t = e^{-s} S_{t-1} + k_t v_t^T      o_t = S_t^T q_t      s = 2^{-8 h / H} (1 - l / (L - 1))     per head
@@ -25,6 +28,7 @@ class LightningAttention(Mixer):
     Args:
         hidden_size: D, size of the input and the output.
         num_heads: H.
+        head_size: K and V, channels per head; hidden_size / H if not given.
         lrpe: whether there is LRPE, which doubles the state; in the first layer if not given.
         gate: "linear" as above, or "sigmoid" as in MiniMax-01 (arXiv 2501.08313).
         silu_values: whether the values go through a SiLU too, as in MiniMax-01.
@@ -44,6 +48,7 @@ class LightningAttention(Mixer):
         hidden_size: int,
         num_heads: int = 8,
         *,
+        head_size: int | None = None,
         lrpe: bool | None = None,
         gate: str = "linear",
         silu_values: bool = False,
@@ -60,22 +65,22 @@ class LightningAttention(Mixer):
         check_option("gate", gate, ("linear", "sigmoid"))
         check_flag("silu_values", silu_values)
         check_positive("norm_eps", norm_eps)
-        if hidden_size % num_heads:
-            raise ValueError(f"num_heads = {num_heads} does not divide hidden_size = {hidden_size}: change one of them")
+        head_size = channels_per_head(hidden_size, num_heads, head_size)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
-        self.head_size = hidden_size // num_heads
+        self.head_size = head_size
         self.gate = gate
         self.silu_values = silu_values
         self.layer_index = layer_index
         self.num_layers = num_layers
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        channels = num_heads * head_size
+        self.q_proj = nn.Linear(hidden_size, channels, bias=False)
+        self.k_proj = nn.Linear(hidden_size, channels, bias=False)
+        self.v_proj = nn.Linear(hidden_size, channels, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, channels, bias=False)
         self.lrpe = LearnedRotary(num_heads, self.head_size) if lrpe else None
-        self.norm = RMSNorm(hidden_size, eps=norm_eps)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm = RMSNorm(channels, eps=norm_eps)
+        self.o_proj = nn.Linear(channels, hidden_size, bias=False)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)
@@ -92,11 +97,14 @@ class LightningAttention(Mixer):
         depth = 1 - self.layer_index / (self.num_layers - 1 + 1e-5) + 1e-5
         return -depth * torch.exp2(-8 * h / self.num_heads)
 
-    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        check_input(x, self.hidden_size, state, cu_seqlens)
-        q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        return {"num_heads": num_heads, "head_size": head_size}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
         q, k = F.silu(q), F.silu(k)
         if self.silu_values:
             v = F.silu(v)
@@ -111,4 +119,4 @@ class LightningAttention(Mixer):
         gate = self.gate_proj(x)
         if self.gate == "sigmoid":
             gate = torch.sigmoid(gate)
-        return self.o_proj(self.norm(o.flatten(2)) * gate)
+        return self.norm(o.flatten(2)) * gate

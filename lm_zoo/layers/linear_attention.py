@@ -1,18 +1,21 @@
 """Linear attention: a kernel's features in place of softmax, with the denominator that keeps it an average."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lm_zoo.kernels.checks import check_option
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
-from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.checks import check_flag, check_positive, check_size
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.feature_maps import FEATURE_MAPS
 from lm_zoo.modules.norm import RMSNorm
 
 EPS = 1e-6  # added to the denominator, as in Katharopoulos's code: where no feature is active, 0 / 0 becomes 0
 
 
-class LinearAttention(Mixer):
+class LinearAttention(QKVMixer):
     r"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) with a choice of feature map phi.
 
         S_t = S_{t-1} + phi(k_t) v_t^T       o_t = S_t^T phi(q_t) / (z_t . phi(q_t) + 1e-6)       per head
@@ -27,7 +30,8 @@ class LinearAttention(Mixer):
         feature_map: "elu" (elu + 1), "relu", "squared_relu", "identity", "taylor" (Based, arXiv 2402.18668), "hedgehog"
             (arXiv 2402.04347) or "t2r" (arXiv 2103.13076); the last two are learned, one for q and one for k.
         denominator: whether to divide by the sum of the weights; not with "identity", whose weights have any sign.
-        head_size: K, channels of q and k per head; 16 for "taylor", else hidden_size / H if not given.
+        head_size: K, channels of q and k per head; 16 for "taylor", else V if not given.
+        value_size: V, channels of v per head; hidden_size / H if not given.
         norm_eps: epsilon of the norm of the heads where there is no denominator.
 
     The state is one float32 matrix `[B, H, features, V]`, whatever the length of the text; with the denominator it has
@@ -49,6 +53,7 @@ class LinearAttention(Mixer):
         feature_map: str = "elu",
         denominator: bool = True,
         head_size: int | None = None,
+        value_size: int | None = None,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
@@ -61,33 +66,38 @@ class LinearAttention(Mixer):
                 f"denominator must be false with feature_map = {feature_map!r}: a sum of weights of any sign can be 0"
             )
         check_positive("norm_eps", norm_eps)
-        if hidden_size % num_heads:
+        if value_size is None and hidden_size % num_heads:
             raise ValueError(f"num_heads = {num_heads} does not divide hidden_size = {hidden_size}: change one of them")
+        value_size = hidden_size // num_heads if value_size is None else value_size
+        check_size("value_size", value_size)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
-        self.value_size = hidden_size // num_heads
+        self.value_size = value_size
         if head_size is None:
             head_size = 16 if feature_map == "taylor" else self.value_size
         check_size("head_size", head_size)
         self.key_size = head_size
         self.q_proj = nn.Linear(hidden_size, num_heads * head_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_heads * head_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_heads * value_size, bias=False)
         self.q_map = FEATURE_MAPS[feature_map](num_heads, head_size)
         self.k_map = FEATURE_MAPS[feature_map](num_heads, head_size)
         self.norm = None if denominator else RMSNorm(self.value_size, eps=norm_eps)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(num_heads * value_size, hidden_size, bias=False)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)
         columns = self.value_size + (self.norm is None)
         return LayerState({"S": recurrent_state(batch_size, self.num_heads, self.q_map.size, columns, device, dtype)})
 
-    def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        check_input(x, self.hidden_size, state, cu_seqlens)
-        q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        return {"num_heads": num_heads, "head_size": head_size, "value_size": head_size}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
         q, k = self.q_map(q), self.k_map(k)
         # All in float32: the sums of a long text overflow float16, and in bfloat16 their quotient is coarse.
         wide = v.to(q.dtype)
@@ -97,4 +107,4 @@ class LinearAttention(Mixer):
             wide = torch.cat([wide, torch.ones_like(wide[..., :1])], dim=-1)
             o = recur(q, k, wide, scale=1.0, state=state, cu_seqlens=cu_seqlens)
             o = o[..., :-1] / (o[..., -1:] + EPS)
-        return self.o_proj(o.flatten(2).to(v.dtype))
+        return o.flatten(2).to(v.dtype)

@@ -49,7 +49,6 @@ class Mamba2(QKVMixer):
     decay = "per token"
     update = "additive"
     projections = ("in_proj", "out_proj")
-    values_first = True
 
     def __init__(
         self,

@@ -19,7 +19,6 @@ class QKVMixer(Mixer):
     """
 
     projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    values_first: ClassVar[bool] = False  # in the channels of the convolution, whose order is else q, k, v
 
     def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         check_input(x, self.hidden_size, state, cu_seqlens)

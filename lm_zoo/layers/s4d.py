@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_zoo.kernels.checks import check_option
+from lm_zoo.kernels.sequence_parallel import active_group, refuse_steps
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.checks import check_input, check_size
-from lm_zoo.modules.diagonal_ssm import convolve, scan_blocks
+from lm_zoo.modules.diagonal_ssm import convolve, scan_texts
 from lm_zoo.modules.init import fill_
 
 
@@ -88,17 +89,15 @@ class S4D(Mixer):
         """s of x, both in float32 at least."""
         skip = self.D.to(x.dtype) * x
         a, b, c = self.discrete(torch.promote_types(x.dtype, torch.complex64))
-        if state is None and cu_seqlens is None:
+        if state is None and cu_seqlens is None and active_group() is None:
             return convolve(x, a, b, c) + skip
         if x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+            refuse_steps("S4D's decoding")
             h = state.writable("h")
             h.mul_(a.exp().to(h.dtype)).addcmul_(b, x[:, 0, :, None].to(h.dtype))
             return 2 * (h * c).sum(dim=-1).real[:, None] + skip
-        if cu_seqlens is None:  # a batch is packed sequences of one length
-            cu_seqlens = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
-        rows = cu_seqlens.numel() - 1
-        start = b.new_zeros(rows, *b.shape) if state is None else state["h"].clone()  # which is written below
-        y, last = scan_blocks(x.flatten(0, 1)[None], a, b, c, start, cu_seqlens)
+        start = None if state is None else state["h"].clone()  # which is written below
+        y, last = scan_texts(x, a, b, c, start, cu_seqlens, output_final_state=state is not None)
         if state is not None:
             state.write("h", last)
-        return y.view_as(x) + skip
+        return y + skip

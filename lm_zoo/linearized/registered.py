@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lm_zoo.kernels.checks import check_option
 from lm_zoo.layers import MIXERS, LayerState
 from lm_zoo.layers.checks import check_flag, check_texts
 from lm_zoo.layers.qkv import QKVMixer
@@ -16,7 +15,6 @@ from lm_zoo.linearized.inner import INNER_MIXERS, Context, InnerMixer
 from lm_zoo.linearized.liger import turn_back
 from lm_zoo.modules.short_conv import ShortConvolution
 
-SILU = ("none", "qk", "qkv")
 OF_THE_MODEL = ("hidden_size", "layer_index", "num_layers")  # arguments of a layer that are not for the user to choose
 
 
@@ -32,8 +30,8 @@ class RegisteredMixer(InnerMixer):
 
     Args:
         rotary: whether q and k keep the teacher's rotary positions.
-        silu: what has a SiLU behind the convolution, where the mixer has one: "none", q and k ("qk"), or v as well
-            ("qkv"), as in models that are trained from nothing.
+        silu: whether the convolution is followed by a SiLU, as in models that are trained from nothing; only of a mixer
+            that has a convolution.
         options: the mixer's own.
 
     The state is the mixer's, for H heads.
@@ -50,7 +48,7 @@ class RegisteredMixer(InnerMixer):
         scale: float,
         hidden_size: int,
         rotary: bool = True,
-        silu: str = "none",
+        silu: bool = False,
         **options: Any,
     ):
         super().__init__(
@@ -61,18 +59,17 @@ class RegisteredMixer(InnerMixer):
             hidden_size=hidden_size,
         )
         check_flag("rotary", rotary)
-        check_option("silu", silu, SILU)
+        check_flag("silu", silu)
         self.rotary = rotary
         self.layer = self.layer_class.between_projections(hidden_size, num_heads, head_size, **options)
         self.output_scale = nn.Parameter(torch.ones(num_heads, head_size))
-        self._without_silu(silu)
-        pass_through(self.layer)
+        pass_through(self.layer, silu)
 
     @classmethod
     def options(cls) -> list[str]:
-        sizes = cls.layer_class.sizes(1, 1, 1)
         own = inspect.signature(cls.layer_class).parameters
-        return ["rotary", "silu", *(name for name in own if name not in sizes and name not in OF_THE_MODEL)]
+        decided = {*cls.layer_class.sizes(1, 1, 1), *OF_THE_MODEL}
+        return ["rotary", *(["silu"] if "conv_size" in own else []), *(name for name in own if name not in decided)]
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> LayerState:
         return self.layer.init_state(batch_size, device=device, dtype=dtype)
@@ -95,23 +92,17 @@ class RegisteredMixer(InnerMixer):
             return torch.get_autocast_dtype(device.type)
         return self.output_scale.dtype
 
-    def _without_silu(self, silu: str) -> None:
-        width = self.num_heads * self.head_size
-        values = slice(0, width) if self.layer.values_first else slice(2 * width, None)
-        for module in self.layer.modules():
-            if isinstance(module, ShortConvolution) and silu != "qkv":
-                module.linear = values if silu == "qk" else slice(None)
-
     @torch.no_grad()
     def match_norm(self, ratio: Tensor) -> None:
         """Multiply the output's scale by `ratio` `[H]`: how much larger the teacher's outputs are, per head."""
         self.output_scale.mul_(ratio[:, None])
 
 
-def pass_through(layer: QKVMixer) -> None:
+def pass_through(layer: QKVMixer, silu: bool) -> None:
     """A convolution that hands each token on as it is, and an output gate that is open alike for all of them."""
     for module in layer.modules():
         if isinstance(module, ShortConvolution):
+            module.silu = silu
             nn.init.zeros_(module.weight[:, :-1])
             nn.init.ones_(module.weight[:, -1])
             if module.bias is not None:

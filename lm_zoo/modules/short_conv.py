@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_zoo.kernels import causal_conv1d
@@ -25,14 +24,14 @@ class ShortConvolution(nn.Module):
         channels: D.
         size: W, taps of the filter of each channel.
         bias: whether there is one.
-        linear: channels without the SiLU.
+        silu: whether there is a SiLU.
     """
 
-    def __init__(self, channels: int, size: int = 4, *, bias: bool = False, linear: slice | None = None):
+    def __init__(self, channels: int, size: int = 4, *, bias: bool = False, silu: bool = True):
         super().__init__()
         self.channels = channels
         self.size = size
-        self.linear = linear
+        self.silu = silu
         self.weight = nn.Parameter(torch.empty(channels, size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -49,12 +48,8 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         past = None if state is None else state.writable("conv")
-        if self.linear is None:
-            return causal_conv1d(x, self.weight, self.bias, activation="silu", state=past, cu_seqlens=cu_seqlens)
-        y = causal_conv1d(x, self.weight, self.bias, state=past, cu_seqlens=cu_seqlens)
-        is_linear = torch.zeros(self.channels, dtype=torch.bool, device=x.device)
-        is_linear[self.linear] = True
-        return torch.where(is_linear, y, F.silu(y))
+        activation = "silu" if self.silu else None
+        return causal_conv1d(x, self.weight, self.bias, activation=activation, state=past, cu_seqlens=cu_seqlens)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, size={self.size}, bias={self.bias is not None}"
+        return f"{self.channels}, size={self.size}, bias={self.bias is not None}, silu={self.silu}"
