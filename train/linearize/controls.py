@@ -111,11 +111,11 @@ def prompt_from(rows: PackedRows, tokenizer) -> str:
     return tokenizer.decode(rows.texts[0][:PROMPT_TOKENS], skip_special_tokens=True)
 
 
-def continuation(model: nn.Module, tokenizer, prompt: str) -> str:
+def continuation(model: nn.Module, tokenizer, prompt: str, tokens: int = CONTINUATION_TOKENS) -> str:
     """What a model makes of the prompt, always taking the likeliest token."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     taken = len(tokenizer(prompt)["input_ids"])
-    tokens = int(min(CONTINUATION_TOKENS, room - taken))
+    tokens = int(min(tokens, room - taken))
     return generate(model, tokenizer, prompt, temperature=0, max_tokens=tokens) if tokens > 0 else prompt
 
 

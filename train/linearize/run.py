@@ -97,6 +97,7 @@ class Run:
 
     student_class = LinearizedForCausalLM
     recovery_class = Recovery
+    continuation_tokens = controls.CONTINUATION_TOKENS
 
     def __init__(self, teacher, spec, data, output, tokenizer, prompt, log) -> None:
         self.output, self.log, self.prompt = output, log, prompt
@@ -275,7 +276,7 @@ class Run:
         prompt = self.prompt or controls.prompt_from(self.measuring, self.tokenizer)
         self.measured["continuation"] = {
             "prompt": prompt,
-            "teacher": controls.continuation(self.teacher, self.tokenizer, prompt),
+            "teacher": controls.continuation(self.teacher, self.tokenizer, prompt, self.continuation_tokens),
         }
         self.measured["perplexity"] = {}
         self._measure("teacher", softmax)
@@ -294,7 +295,9 @@ class Run:
         self.measured["gap_closed"] = controls.gap_closed(values.get("window_only"), values["teacher"], final)
         self.measured["times_the_teachers"] = final / values["teacher"]
         prompt = self.measured["continuation"]["prompt"]
-        self.measured["continuation"]["student"] = controls.continuation(self.student, self.tokenizer, prompt)
+        self.measured["continuation"]["student"] = controls.continuation(
+            self.student, self.tokenizer, prompt, self.continuation_tokens
+        )
         self.measured["state"] = controls.state_size(self.student)
         self.measured["peak_memory_bytes"] = controls.peak_memory(self.device)
 
