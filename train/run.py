@@ -26,6 +26,7 @@ from lm_zoo.train.checkpoints import (
     WholeFolderIO,
     checkpoint_to_resume,
     find_checkpoints,
+    lost_a_process,
 )
 from lm_zoo.train.data import TextData
 from lm_zoo.train.metrics import LossPlot, Metrics, MetricsFile
@@ -98,6 +99,13 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
             trainer.validate(module, datamodule=data, verbose=False)
     except SystemExit as left:  # how Lightning answers a Ctrl-C that no checkpoint waits for
         raise KeyboardInterrupt from left
+    except RuntimeError as error:
+        if trainer.world_size > 1 and lost_a_process(error):
+            raise UserError(
+                f"process {trainer.global_rank} stops, because another of the run's {trainer.world_size} processes has "
+                "ended; see what that one said, then continue with --resume last"
+            ) from error
+        raise
     if trainer.is_global_zero:
         export(module, out / "model")
     return trainer
