@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -221,3 +222,8 @@ def checkpoint_to_resume(resume: str | Path, out: Path) -> Path:
 @rank_zero_only
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether this is how a collective of torch.distributed ends when another process is gone."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
