@@ -169,57 +169,6 @@ class MetricsFile(Logger):
             writer.writerows(lines)
 
 
-class LossPlot(L.Callback):
-    """Draws `loss.png` from `metrics.csv` after each validation and at the end of training."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-
-    @rank_zero_only
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            plot_losses({"": self.folder / "metrics.csv"}, self.folder / "loss.png")
-
-    @rank_zero_only
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        plot_losses({"": self.folder / "metrics.csv"}, self.folder / "loss.png")
-
-
 def read_metrics(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(line for line in file if line.endswith("\n")))  # a kill may leave half a line
-
-
-def plot_losses(runs: Mapping[str, Path], picture: Path) -> None:
-    """Training and validation loss over tokens, for one or several runs: name -> its metrics.csv."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(7, 4.2))
-    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.97)
-    axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats per token)")
-    for index, (name, path) in enumerate(runs.items()):
-        lines = read_metrics(path) if path.exists() else []
-        for column, what, style in [
-            ("train_loss", "training", {"alpha": 0.5, "linewidth": 1}),
-            ("val_loss", "validation", {"marker": "o", "markersize": 4}),
-        ]:
-            points = _curve(lines, column)
-            if points:
-                axes.plot(*zip(*points, strict=True), color=f"C{index}", label=f"{name} {what}".strip(), **style)
-    if axes.lines:
-        axes.legend()
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.grid(alpha=0.3)
-    with whole_file(picture) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=150)
-
-
-def _curve(lines: list[dict[str, str]], column: str) -> list[tuple[float, float]]:
-    """(tokens, value) wherever the column has one; a line without a count of tokens has that of the line before."""
-    points, tokens = [], 0.0
-    for line in lines:
-        tokens = float(line["tokens"] or tokens)
-        if line[column]:
-            points.append((tokens, float(line[column])))
-    return points

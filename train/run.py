@@ -5,7 +5,7 @@
     fit(ZooModule("gla-tiny"), TextData("my.txt"), "runs/gla", max_steps=1000)
 
 The run's folder then holds `model/` (a Hugging Face folder with its tokenizer), `metrics.csv`, `loss.png`,
-`tensorboard/` and `checkpoints/`.
+`learning_rate.png`, `tensorboard/`, `checkpoints/` and, of its validations, `layers.csv` and `samples.txt`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from lm_zoo.train.checkpoints import (
     lost_a_process,
 )
 from lm_zoo.train.data import TextData
-from lm_zoo.train.metrics import LossPlot, Metrics, MetricsFile
+from lm_zoo.train.layer_statistics import LayerStatistics
+from lm_zoo.train.metrics import Metrics, MetricsFile
 from lm_zoo.train.module import ZooModule
+from lm_zoo.train.plots import Plots
 from lm_zoo.train.progress import StepProgress
 from lm_zoo.train.quiet import quiet_libraries
+from lm_zoo.train.samples import Samples
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # the data counts its own epochs: see TextData.epochs
@@ -69,7 +72,8 @@ def fit(
 def trainer_parts(out: Path, options: dict[str, Any], checkpoints: Checkpoints | None = None) -> dict[str, Any]:
     """What this package adds to a Trainer's options."""
     metrics = Metrics()
-    callbacks = [ForgetLater(), *_as_list(options.get("callbacks")), metrics, LossPlot(out), *_as_list(checkpoints)]
+    watching = [metrics, LayerStatistics(out), Samples(out), Plots(out)]
+    callbacks = [ForgetLater(), *_as_list(options.get("callbacks")), *watching, *_as_list(checkpoints)]
     if options.get("enable_progress_bar") is not False:
         callbacks.append(StepProgress(metrics))
     loggers = _as_list(options.get("logger"))

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lm_zoo.train.run
 from lm_zoo import ZooForCausalLM
 from lm_zoo.errors import UserError
-from lm_zoo.train.metrics import plot_losses, read_metrics
+from lm_zoo.train.metrics import read_metrics
+from lm_zoo.train.plots import plot_losses
 
 VALIDATED = {"val_fraction": 0.1, "seq_len": 32}
 
@@ -44,9 +45,11 @@ def test_the_final_folder_loads_and_scores_as_the_log_says(start_run, tmp_path) 
 def test_the_folder_of_a_run(start_run, tmp_path) -> None:
     start_run("run", max_steps=4, val_check_interval=2, data=VALIDATED)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "checkpoints", "loss.png", "metrics.csv", "model", "tensorboard",
+        "checkpoints", "layers.csv", "learning_rate.png", "loss.png", "metrics.csv", "model", "samples.txt",
+        "tensorboard",
     }  # fmt: skip
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("loss.png", "learning_rate.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
     assert any(path.name.startswith("events") for path in (tmp_path / "run" / "tensorboard").iterdir())
     validated = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.csv") if line["val_loss"]]
     assert validated == ["2", "4"]  # the last step once, though an interval ends there too
