@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 from lm_zoo import kernels as ops
 from lm_zoo.kernels import backends
 from lm_zoo.kernels.linear_attention.triton_passes import launch
+from lm_zoo.kernels.triton_kernel import Kernel
 
 SIZES = (64, 128, 256)
 # Name of the target, what Triton calls it, and the class of its launch parameters (`launch.py`).
@@ -254,10 +255,7 @@ def conv_cases(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 def capture(on_launch: Callable[..., None]) -> None:
     """From here on, launching a kernel calls `on_launch(kernel, grid, arguments, constants)` instead."""
 
-    def subscript(self, grid):
-        return lambda *arguments, **constants: on_launch(self, grid, arguments, constants)
-
-    JITFunction.__getitem__ = subscript
+    Kernel.launch = lambda self, grid, *arguments, **constants: on_launch(self.jit, grid, arguments, constants)
     backends._why_not_triton = lambda x: None
 
 

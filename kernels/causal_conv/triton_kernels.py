@@ -9,6 +9,8 @@ which the caches serve; the backward pass computes z again.
 import triton
 import triton.language as tl
 
+from lm_zoo.kernels.triton_kernel import kernel
+
 
 @triton.jit
 def sequence_of(sequences_ptr, cu_seqlens_ptr, token, T):
@@ -63,7 +65,7 @@ def times_slope(dy, z, SILU: tl.constexpr):
     return dy
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x_ptr,
     weight_ptr,
@@ -101,7 +103,7 @@ def forward_kernel(
     tl.store(y_ptr + offset[:, None] * D + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     dy_ptr,
     x_ptr,
@@ -180,7 +182,7 @@ def backward_kernel(
     tl.store(dweight_ptr + tap[:, None] * D + channel[None, :], dweight, mask=mask)
 
 
-@triton.jit
+@kernel
 def state_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -230,7 +232,7 @@ def state_backward_kernel(
         tl.store(dpast_ptr + slot, dpast.to(dpast_ptr.dtype.element_ty), mask=channel < D)
 
 
-@triton.jit
+@kernel
 def step_kernel(
     x_ptr,
     weight_ptr,

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lm_zoo.kernels.first_call import compiles_at_once
 from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH
 
 # What has the passes, by backend; imported when it is first used, as not every machine has a Triton.
@@ -44,6 +45,7 @@ def _split(segment, heads: int, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 @torch.library.custom_op("lm_zoo::linear_attention", mutates_args=())
+@compiles_at_once
 def chunkwise_forward(
     q: Tensor,
     k: Tensor,
@@ -90,6 +92,7 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, save, backend)
 
 
 @torch.library.custom_op("lm_zoo::linear_attention_backward", mutates_args=())
+@compiles_at_once
 def chunkwise_backward(
     do: Tensor,
     dfinal_state: Tensor | None,

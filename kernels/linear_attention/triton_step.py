@@ -5,11 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_zoo.kernels.triton_kernel import kernel
+
 STATE_TILE = 4096  # float32 numbers of the state per program: 32 registers a thread, and enough programs for one text
 NUM_WARPS = 4
 
 
-@triton.jit
+@kernel
 def step_kernel(
     q_ptr,
     k_ptr,

@@ -6,6 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lm_zoo.kernels.first_call import compiles_at_once
+
 # What has the scans and the step, by backend; imported when it is first used, as not every machine has a Triton.
 SCANS = {"torch": "lm_zoo.kernels.linear_scan.two_level", "triton": "lm_zoo.kernels.linear_scan.triton_scan"}
 # How far |decay| may be above 1: the rounding of a complex number on the unit circle, and of finite differences.
@@ -17,6 +19,7 @@ def scans(backend: str) -> ModuleType:
 
 
 @torch.library.custom_op("lm_zoo::linear_scan", mutates_args=())
+@compiles_at_once
 def linear_scan(
     x: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +48,7 @@ def _(x, decay, initial_state, cu_seqlens, reverse, backend):
 
 
 @torch.library.custom_op("lm_zoo::linear_scan_backward", mutates_args=())
+@compiles_at_once
 def linear_scan_backward(
     dh: Tensor,
     dfinal_state: Tensor | None,

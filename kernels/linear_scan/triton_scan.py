@@ -26,6 +26,7 @@ from lm_zoo.kernels.linear_scan.triton_tiles import (
     scan_tile,
     store_parts,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 CHUNK = 128  # tokens
 TILE = 8  # tokens of a chunk, or chunks of a sequence, that are scanned at a time
@@ -186,7 +187,7 @@ def in_last_chunk(length, place, D, channel, CHUNK: tl.constexpr):
     return channel < tl.where(last, D, 0)
 
 
-@triton.jit
+@kernel
 def summary_kernel(
     x, decay, added, products, T, D, cu_seqlens, sequence_of, first_chunk,
     BACKWARD: tl.constexpr, REVERSE: tl.constexpr, COMPLEX: tl.constexpr,
@@ -212,7 +213,7 @@ def summary_kernel(
     store_parts(products, at, pr, pi, inside, COMPLEX)
 
 
-@triton.jit
+@kernel
 def scan_kernel(
     x, decay, carried, initial_state, h, final_state, T, D, cu_seqlens, sequence_of, first_chunk,
     REVERSE: tl.constexpr, COMPLEX: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -231,7 +232,7 @@ def scan_kernel(
     store_parts(final_state, n * D + channel, hr, hi, last, COMPLEX)
 
 
-@triton.jit
+@kernel
 def scan_backward_kernel(
     dh, decay, h, carried, g_final, initial_state, dx, ddecay, dinitial_state,
     T, D, cu_seqlens, sequence_of, first_chunk,
@@ -266,7 +267,7 @@ def scan_backward_kernel(
         store_parts(dinitial_state, n * D + channel, gr, -gi, last, COMPLEX)
 
 
-@triton.jit
+@kernel
 def step_kernel(
     x, decay, state, h, D, stride_row, stride_channel,
     COMPLEX: tl.constexpr, BLOCK: tl.constexpr,

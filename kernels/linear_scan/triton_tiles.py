@@ -6,6 +6,8 @@ A complex number is two float32 parts; of a real one both names are the same val
 import triton
 import triton.language as tl
 
+from lm_zoo.kernels.triton_kernel import kernel
+
 
 @triton.jit
 def locate_chunk(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK: tl.constexpr):
@@ -89,7 +91,7 @@ def last_row(values):
     return tl.sum(tl.where(last, values, 0.0), axis=0, keep_dims=True)
 
 
-@triton.jit
+@kernel
 def carry_kernel(
     states, products, initial_state, M, per_sequence, first_chunk,
     COMPLEX: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,

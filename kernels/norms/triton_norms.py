@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_zoo.kernels.triton_kernel import kernel
+
 BLOCK = 2048  # numbers in a tile: several rows if they are short
 RUN = 16  # tiles whose gradient of the weight one program sums
 
@@ -19,7 +21,7 @@ def load_tile(ptr, offset, mask):
     return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x_ptr,
     weight_ptr,
@@ -48,7 +50,7 @@ def forward_kernel(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     dy_ptr,
     x_ptr,

@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lm_zoo.kernels.first_call import compiles_at_once
 from lm_zoo.kernels.selective_scan.segmented import border_shape, initial_states
 
 # What has the passes, by backend; imported when it is first used, as not every machine has a Triton.
@@ -25,6 +26,7 @@ def why_not_triton(A: Tensor) -> str | None:
 
 
 @torch.library.custom_op("lm_zoo::selective_scan", mutates_args=())
+@compiles_at_once
 def selective_scan_forward(
     x: Tensor,
     dt: Tensor,
@@ -64,6 +66,7 @@ def _(x, dt, A, B, C, D, z, initial_state, cu_seqlens, save, backend):
 
 
 @torch.library.custom_op("lm_zoo::selective_scan_backward", mutates_args=())
+@compiles_at_once
 def selective_scan_backward(
     dy: Tensor,
     dfinal_state: Tensor | None,

@@ -28,6 +28,7 @@ from lm_zoo.kernels.selective_scan.triton_scan import (
     summarize,
     transpose_states,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 GROUP = 256  # channels that a program goes through, adding up their dB and dC
 
@@ -100,7 +101,7 @@ def scan_before(decay, x, border, REVERSE: tl.constexpr):
     return tl.where(at_border, border[None, :, :], state)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x, dt, A, B, C, skip, z, dy, states, dstates, first_state, dlast_state,
     dx, ddt, dA, dB, dC, dskip, dz, dfirst_state,

@@ -25,6 +25,7 @@ from torch import Tensor
 from lm_zoo.kernels.linear_scan import triton_scan as linear
 from lm_zoo.kernels.linear_scan.chunks import Chunks, cut
 from lm_zoo.kernels.linear_scan.triton_tiles import carry_kernel, compose, locate_chunk
+from lm_zoo.kernels.triton_kernel import kernel
 
 
 class Tile(NamedTuple):
@@ -154,7 +155,7 @@ def load_border(carried, border, neighbour, n, at_border, offsets, inside, M):
     return state
 
 
-@triton.jit
+@kernel
 def summary_kernel(
     dt, A, weights, values, z, added, products, T, D, N, cu_seqlens, sequence_of, first_chunk,
     BACKWARD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
@@ -202,7 +203,7 @@ def summary_kernel(
     tl.store(products + at, tl.exp2(total * rates), mask=inside)
 
 
-@triton.jit
+@kernel
 def scan_kernel(
     x, dt, A, B, C, skip, z, carried, initial_state, y, final_state, T, D, N, cu_seqlens, sequence_of, first_chunk,
     CHUNK: tl.constexpr, TILE: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lm_zoo.kernels.selective_scan.triton_scan import LOG2_E, plain
+from lm_zoo.kernels.triton_kernel import kernel
 
 STATES = 1024  # of a program
 
@@ -25,7 +26,7 @@ def selective_scan_step(
     return y
 
 
-@triton.jit
+@kernel
 def step_kernel(
     x, dt, A, B, C, skip, z, state, y, D, N, stride_row, stride_channel, stride_number,
     LAST: tl.constexpr, BLOCK: tl.constexpr,

@@ -65,9 +65,8 @@ def test_inverse_has_the_accuracy_of_substitution(dtype):
     assert exact.norm() > 50
     q = k.to(dtype)
     T = triton_passes.delta_transform(A_kk, beta, triton_passes.cut(q, q, None))[0, :, 0]
-    substitution = torch.linalg.solve_triangular(whole, eye, upper=False, unitriangular=True)
-    if dtype == torch.float32:
-        assert relative_error(T, exact) < 2 * relative_error(substitution, exact)
+    if dtype == torch.float32:  # how near substitution comes depends on the CPU's library: 0.2 to 2 times this
+        assert relative_error(T, exact) < torch.linalg.cond(exact).item() * 2**-24 / 16
     else:  # twice: to bfloat16 the interpreter cuts off where a GPU rounds
         assert relative_error(T, exact) < 2.2 * relative_error(exact.to(dtype), exact)
     assert (T.triu(1) == 0).all()

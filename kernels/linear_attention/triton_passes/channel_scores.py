@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch, launch
 from lm_zoo.kernels.linear_attention.triton_passes.segment import C, Segment, chunk_tokens
-from lm_zoo.kernels.linear_attention.triton_passes.tiles import dot, load_tokens, store_tokens
+from lm_zoo.kernels.linear_attention.triton_passes.tiles import blocks, dot, load_tokens, store_tokens
+from lm_zoo.kernels.triton_kernel import kernel
 
 LEVELS: tl.constexpr = tl.constexpr(C.value.bit_length() - 1)
 
@@ -66,7 +67,7 @@ def channel_scores_backward(
     dA_kk what is on it neither."""
     (H, K), HV = k.shape[2:], G.shape[2]
     block, warps, stages = launch("channel_scores_backward_kernel", q, K)
-    channel_scores_backward_kernel[segment.chunks, HV, triton.cdiv(K, block)](
+    channel_scores_backward_kernel[segment.chunks, HV, blocks(K, block)](
         dA_qk, dA_kk, q, k, G, dq, dk, dG, segment.bounds, segment.length, scale, H, HV,
         K=K, BLOCK_K=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -88,7 +89,7 @@ def pairs_of(level):
     return block[:, None] == next_block[None, :]
 
 
-@triton.jit
+@kernel
 def channel_scores_kernel(
     q, k, G, A_qk, A_kk, bounds, T, scale, H, HV, K: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -129,7 +130,7 @@ def channel_scores_kernel(
         store_tokens(A_kk + start * HV * C, scores_kk, i, length, head, HV, i, C)
 
 
-@triton.jit
+@kernel
 def channel_scores_backward_kernel(
     dA_qk, dA_kk, q, k, G, dq, dk, dG, bounds, T, scale, H, HV, K: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip

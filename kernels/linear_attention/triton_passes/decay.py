@@ -1,11 +1,12 @@
 """Pass 1, cumulative_decay: G_i = sum_{t <= i} g_t inside each chunk, and its gradient."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lm_zoo.kernels.linear_attention.triton_passes.segment import C, Segment, chunk_tokens
+from lm_zoo.kernels.linear_attention.triton_passes.tiles import blocks
+from lm_zoo.kernels.triton_kernel import kernel
 
 # e^-104 is 0 in float32: below the floor a decay forgets everything, as -inf does.
 DECAY_FLOOR = -104.0
@@ -16,7 +17,7 @@ def cumulative_decay(log_decay: Tensor, segment: Segment) -> Tensor:
     """In float32, `[B, T, HV]` or `[B, T, HV, K]`: over 64 tokens it keeps differences to 2^-24 of their sum."""
     G = torch.empty_like(log_decay, dtype=torch.float32)
     D = log_decay[0, 0].numel()
-    grid = segment.chunks, triton.cdiv(D, CHANNELS)
+    grid = segment.chunks, blocks(D, CHANNELS)
     cumulative_decay_kernel[grid](
         log_decay, G, segment.bounds, segment.length, D, FLOOR=DECAY_FLOOR, CHANNELS=CHANNELS, num_warps=4
     )
@@ -27,7 +28,7 @@ def cumulative_decay_backward(dG: Tensor, dlog_decay: Tensor, log_decay: Tensor,
     """dlog_decay is what reaches the decays past G (`chunk_gradients`)."""
     out = torch.empty_like(log_decay)
     D = log_decay[0, 0].numel()
-    grid = segment.chunks, triton.cdiv(D, CHANNELS)
+    grid = segment.chunks, blocks(D, CHANNELS)
     cumulative_decay_backward_kernel[grid](
         dG, dlog_decay, log_decay, out, segment.bounds, segment.length, D,
         FLOOR=DECAY_FLOOR, CHANNELS=CHANNELS, num_warps=4,
@@ -35,7 +36,7 @@ def cumulative_decay_backward(dG: Tensor, dlog_decay: Tensor, log_decay: Tensor,
     return out
 
 
-@triton.jit
+@kernel
 def cumulative_decay_kernel(log_decay, G, bounds, T, D, FLOOR: tl.constexpr, CHANNELS: tl.constexpr):
     """G_i = sum_{t <= i} max(g_t, floor), one chunk and some of the D gates of a token per program."""
     start, end = chunk_tokens(tl.program_id(0), bounds, T)
@@ -47,7 +48,7 @@ def cumulative_decay_kernel(log_decay, G, bounds, T, D, FLOOR: tl.constexpr, CHA
     tl.store(G + at, tl.cumsum(tl.maximum(g, FLOOR), axis=0), mask=mask)
 
 
-@triton.jit
+@kernel
 def cumulative_decay_backward_kernel(
     dG, dlog_decay, log_decay, out, bounds, T, D, FLOOR: tl.constexpr, CHANNELS: tl.constexpr
 ):

@@ -14,6 +14,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     padded,
     store_tokens,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 TABLE["delta_apply_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
 TABLE["delta_apply_kernel", "small"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
@@ -50,7 +51,7 @@ def delta_apply(
     return u, w
 
 
-@triton.jit
+@kernel
 def delta_transform_kernel(A_kk, beta, transform, bounds, T, HA, HV, PRECISION: tl.constexpr):
     """T = (I + L)^-1 with L = diag(beta) A_kk, one chunk and one value head per program.
 
@@ -120,7 +121,7 @@ def product(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit
+@kernel
 def delta_apply_kernel(
     transform, k, v, G, beta, u, w, bounds, T, H, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr,

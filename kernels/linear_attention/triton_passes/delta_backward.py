@@ -15,6 +15,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     padded,
     store_tokens,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 # Launch.block: channels of K and of V in a tile.
 TABLE["delta_transform_backward_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 4, 2)}
@@ -53,7 +54,7 @@ def delta_transform_backward(
     return dA_kk, dv, dbeta
 
 
-@triton.jit
+@kernel
 def delta_transform_backward_kernel(
     du, dw, T_delta, u, w, k, v, G, beta, A_kk, dk, dG, dA_kk, dv, dbeta, bounds, T, H, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr,

@@ -15,6 +15,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     padded,
     store_tokens,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 # Launch.block: channels of K and of V in a tile.
 TABLE["chunk_gradients_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
@@ -58,7 +59,7 @@ def chunk_gradients(
     return dq, dk, dw, dG, dlog_decay, dA_qk
 
 
-@triton.jit
+@kernel
 def chunk_gradients_kernel(
     do, du, q, k, v_new, G, states, dstates, dq, dk, dw, dG, dlog_decay, dA_qk, scale, bounds, T, H, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr,

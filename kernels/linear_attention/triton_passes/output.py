@@ -1,13 +1,13 @@
 """Pass 5, chunk_output: what each token reads from the state that entered its chunk, and from the chunk itself."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch, launch
 from lm_zoo.kernels.linear_attention.triton_passes.segment import C, Segment, chunk_tokens
 from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
+    blocks,
     dot,
     load_channels,
     load_gates,
@@ -15,6 +15,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     padded,
     store_tokens,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 TABLE["chunk_output_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(128, 4, 2), 256: Launch(128, 4, 2)}
 TABLE["chunk_output_kernel", "small"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
@@ -37,14 +38,14 @@ def chunk_output(
     o = torch.empty_like(v_new)
     entry = launch("chunk_output_kernel", q, max(K, V))
     block = min(entry.block, padded(V))
-    chunk_output_kernel[segment.chunks, HV, triton.cdiv(V, block)](
+    chunk_output_kernel[segment.chunks, HV, blocks(V, block)](
         q, k, v_new, G, A_qk, states, o, scale, segment.bounds, segment.length, H, HV,
         K=K, V=V, BLOCK_K=min(CHANNELS, padded(K)), BLOCK_V=block, num_warps=entry.warps, num_stages=entry.stages,
     )  # fmt: skip
     return o
 
 
-@triton.jit
+@kernel
 def chunk_output_kernel(
     q, k, v_new, G, A_qk, states, o, scale, bounds, T, H, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,

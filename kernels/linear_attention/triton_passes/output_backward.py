@@ -1,7 +1,6 @@
 """Pass 5 backwards as far as the outputs of a chunk go: chunk_output_backward."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     padded,
     store_tokens,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 # Launch.block: channels of K and of V in a tile.
 TABLE["chunk_output_backward_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
@@ -38,7 +38,7 @@ def chunk_output_backward(
     return dv_new
 
 
-@triton.jit
+@kernel
 def chunk_output_backward_kernel(
     do, q, k, G, A_qk, dv_new, scale, bounds, T, H, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -1,7 +1,6 @@
 """Pass 2, chunk_scores, and what of its results the backward pass wants."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     padded,
     store_tokens,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 TABLE["key_scores_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
 TABLE["key_scores_kernel", "small"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
@@ -46,7 +46,7 @@ def chunk_scores(
     return None, A_kk
 
 
-@triton.jit
+@kernel
 def key_scores_kernel(k, G, A_kk, bounds, T, H, HV, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A_kk[i,j] = k_i^T k_j e^{G_i - G_j} for i > j, of one chunk and one value head per program."""
     head = tl.program_id(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH
+from lm_zoo.kernels.linear_attention.triton_passes.tiles import blocks
 
 C: tl.constexpr = tl.constexpr(CHUNK_LENGTH)
 
@@ -59,7 +60,7 @@ def cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Segment:
     """How these passes want the tokens of a call."""
     batch, length = q.shape[:2]
     if cu_seqlens is None:
-        return Segment(batch, length, batch, batch * triton.cdiv(length, CHUNK_LENGTH), q.dtype)
+        return Segment(batch, length, batch, batch * blocks(length, CHUNK_LENGTH), q.dtype)
     sequences = cu_seqlens.numel() - 1
     bounds, first_chunk = _packed_chunks(cu_seqlens, length)
     return Segment(batch, length, sequences, len(bounds), q.dtype, bounds, first_chunk)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch, launch
 from lm_zoo.kernels.linear_attention.triton_passes.segment import C, Segment, chunk_tokens, sequence_chunks
 from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
+    blocks,
     dot,
     load_channels,
     load_gates,
@@ -15,6 +16,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     padded,
     store_tokens,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 TABLE["chunk_states_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 2)}
 TABLE["chunk_states_kernel", "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
@@ -30,7 +32,7 @@ def chunk_states(
     v_new = u if w is None else torch.empty_like(u)
     entry = launch("chunk_states_kernel", k, K)
     block = min(entry.block, padded(V))
-    chunk_states_kernel[segment.sequences, HV, triton.cdiv(V, block)](
+    chunk_states_kernel[segment.sequences, HV, blocks(V, block)](
         k, u, w, G, state, states, v_new, segment.bounds, segment.first_chunk, segment.length, H, HV,
         K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PER_CHANNEL=G is not None and G.dim() == 4,
         num_warps=entry.warps, num_stages=entry.stages,
@@ -46,7 +48,7 @@ def sequence_tokens(first, last, bounds, T):
     return start, end
 
 
-@triton.jit
+@kernel
 def chunk_states_kernel(
     k, u, w, G, state, states, v_new, bounds, first_chunk, T, H, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr,

@@ -1,6 +1,5 @@
 """Pass 4 backwards: chunk_states_backward, the only backward pass that is sequential over the chunks."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -8,6 +7,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.launch import TABLE, Launch, 
 from lm_zoo.kernels.linear_attention.triton_passes.segment import C, Segment, sequence_chunks
 from lm_zoo.kernels.linear_attention.triton_passes.states import sequence_tokens
 from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
+    blocks,
     dot,
     load_channels,
     load_gates,
@@ -15,6 +15,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
     padded,
     store_tokens,
 )
+from lm_zoo.kernels.triton_kernel import kernel
 
 # Launch.block: columns of the state that a program carries, with all their K rows. A decay per channel brings a tile of
 # gates as large as that of the keys, in float32.
@@ -54,7 +55,7 @@ def chunk_states_backward(
     per_channel = G is not None and G.dim() == 4
     entry = launch("chunk_states_backward_kernel" + ", per channel" * per_channel, q, K)
     block = min(entry.block, padded(V))
-    chunk_states_backward_kernel[segment.sequences, HV, triton.cdiv(V, block)](
+    chunk_states_backward_kernel[segment.sequences, HV, blocks(V, block)](
         do, dv_new, dstate, dstates, q, k, w, G, scale, segment.bounds, segment.first_chunk, segment.length, H, HV,
         K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PER_CHANNEL=per_channel,
         num_warps=entry.warps, num_stages=entry.stages,
@@ -62,7 +63,7 @@ def chunk_states_backward(
     return dstates
 
 
-@triton.jit
+@kernel
 def chunk_states_backward_kernel(
     do, dv_new, dstate, dstates, q, k, w, G, scale, bounds, first_chunk, T, H, HV,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr,

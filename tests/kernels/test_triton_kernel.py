@@ -1,0 +1,111 @@
+"""How kernels are compiled and launched, without a GPU: compiled for one that is not there, their launches recorded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SETUP = """
+import threading
+import torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from lm_zoo.kernels import triton_kernel
+from lm_zoo.kernels.first_call import compiles_at_once
+
+class NoDevice:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    set_current_device = staticmethod(lambda device: None)
+
+driver.set_active(NoDevice())
+compiled, launched, threads = [], [], []
+triton.knobs.runtime.jit_post_compile_hook = lambda fn, **_: compiled.append(fn.name)
+
+class Recorded:  # what is launched in the place of a compiled kernel
+    def __init__(self, kernel):
+        self.name = kernel.name
+    def __getitem__(self, grid):
+        return lambda *arguments: launched.append((self.name, grid, arguments))
+
+Compiled = triton.compiler.CompiledKernel
+Compiled.__getitem__ = lambda self, grid: Recorded(self)[grid]
+Compiled.run = property(lambda self: threads.append(threading.current_thread()))
+
+@triton_kernel.kernel
+def copy_kernel(x, y, T, D, scale, skip, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < T * D) * scale, mask=i < T * D)
+
+@triton_kernel.kernel
+def double_kernel(x, y, T, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, 2 * tl.load(x + i, mask=i < T), mask=i < T)
+"""
+
+KEYS = """
+x = torch.zeros(100)
+def launches(*changed, **constants):
+    before = len(compiled)
+    copy_kernel[(1,)](*changed, **({"BLOCK": 16} | constants))
+    return len(compiled) - before
+
+assert launches(x, x, 100, 3, 0.5, None) == 1
+assert launches(x, x, 1, 3, 2.0, None) == 0, "a length, or a factor"
+assert launches(x, x, 64, 3, 0.5, None) == 0, "a length that 16 divides"
+assert launches(x, x, 100, 5, 0.5, None) == 0, "a number like the other"
+assert launches(x, x, 100, 1, 0.5, None) == 1, "one"
+assert launches(x, x, 100, 32, 0.5, None) == 1, "a number that 16 divides"
+assert launches(x, x, 100, 2**40, 0.5, None) == 1, "a long one"
+assert launches(x[1:], x, 100, 3, 0.5, None) == 1, "an address"
+assert launches(x.half(), x, 100, 3, 0.5, None) == 1, "a dtype"
+assert launches(x, x, 100, 3, 0.5, x) == 1, "a tensor that was not there"
+assert launches(x, x, 100, 3, 0.5, None, BLOCK=32) == 1, "a constant"
+assert launches(x, x, 100, 3, 0.5, None, num_warps=8) == 1, "an option"
+assert launches(x, x, 100, 3, 0.5, None) == 0
+assert launched[-1][1:] == ((1, 1, 1), (x, x, 100, 3, 0.5, None, 16)), launched[-1]
+"""
+
+FIRST_CALL = """
+@compiles_at_once
+def op(x, wrong=False):
+    y = torch.empty_like(x)
+    copy_kernel[(7,)](x, y, len(x), 3, 0.5, None, BLOCK=16)
+    if wrong:
+        raise ZeroDivisionError
+    double_kernel[(7,)](y, y, len(x), BLOCK=16)
+    return y
+
+main = threading.main_thread()
+try:
+    op(torch.zeros(10), wrong=True)
+except ZeroDivisionError:
+    assert launched == [], "an error in the rehearsal ends the call"
+assert sorted(compiled) == ["copy_kernel"]
+y = op(torch.zeros(100))
+assert sorted(compiled) == ["copy_kernel", "double_kernel"], compiled
+assert len(threads) == 2 and main not in threads, "compiled and loaded on threads"
+assert [name for name, *_ in launched] == ["copy_kernel", "double_kernel"], "once, and after all are compiled"
+assert launched[-1][2][0] is y
+op(torch.zeros(30))
+assert len(compiled) == 2 and len(launched) == 4
+double_kernel.compiled.clear()
+op(torch.zeros(30))
+assert len(launched) == 4 + 3, "given up at the second kernel, rehearsed, and run"
+double_kernel[(1,)](y.half(), y, 100, BLOCK=16)
+assert len(threads) == 2 and len(compiled) == 3, "outside of an op a kernel is compiled where it is launched"
+"""
+
+
+@pytest.mark.parametrize("script", [KEYS, FIRST_CALL], ids=["keys", "first call"])
+def test_kernels_are_compiled_once_for_arguments_that_are_alike(tmp_path, script):
+    path = tmp_path / "script.py"  # a file: Triton reads the source of a kernel
+    path.write_text(SETUP + script)
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
