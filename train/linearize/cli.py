@@ -14,9 +14,11 @@ from lm_zoo.train.checkpoints import Interrupted
 from lm_zoo.train.linearize.data import TextOptions
 from lm_zoo.train.linearize.estimate import estimate
 from lm_zoo.train.linearize.report import summary
-from lm_zoo.train.linearize.run import linearize
+from lm_zoo.train.linearize.run import MODES, linearize
 from lm_zoo.train.linearize.sampling import SELF
+from lm_zoo.train.linearize.sizes import parse_size
 from lm_zoo.train.linearize.spec import LinearizeSpec, presets
+from lm_zoo.train.linearize.stream_plan import estimate_stream
 from lm_zoo.train.tokenizers import END_OF_TEXT
 
 OF_A_STAGE = {"lr": "learning_rate", "tokens": "tokens", "epochs": "max_epochs", "batch": "batch", "length": "length"}
@@ -27,7 +29,11 @@ def run(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
     spec = LinearizeSpec.load(arguments.preset).override(_overrides(arguments))
     if arguments.dry_run:
-        print("\n".join(estimate(arguments.teacher, spec, arguments.tflops)))
+        if arguments.mode == "stream":
+            lines = estimate_stream(arguments.teacher, spec, arguments.tflops, _max_memory(arguments))
+        else:
+            lines = estimate(arguments.teacher, spec, arguments.tflops)
+        print("\n".join(lines))
         return
     if arguments.output is None:
         raise UserError("no --output: name a folder to write, which does not exist yet")
@@ -39,6 +45,8 @@ def run(argv: list[str]) -> None:
             output=arguments.output,
             prompt=arguments.prompt,
             resume=arguments.resume,
+            mode=arguments.mode,
+            max_memory=_max_memory(arguments),
         )
     except Interrupted as interrupted:
         print("stopped; the same command with --resume continues", file=sys.stderr)
@@ -60,6 +68,13 @@ def build_parser() -> Parser:
     parser.add_argument("--output", type=Path, metavar="OUT", help="folder to write; it must not exist")
     known = ", ".join(presets())
     parser.add_argument("--preset", default="lolcats", metavar="NAME", help=f"{known}, or a YAML file")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="stream for a teacher larger than memory: one layer's weights at a time, hidden states on the disk",
+    )
+    parser.add_argument("--max-memory", metavar="SIZE", help="what mode stream may take at most, such as 8GiB")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run for the same output")
     parser.add_argument("--dry-run", action="store_true", help="estimate memory, disk and time, and do nothing")
     parser.add_argument("--tflops", type=float, metavar="N", help="speed to estimate with, by default measured here")
@@ -144,6 +159,10 @@ def _text(arguments: argparse.Namespace) -> TextOptions:
         val_files=tuple(arguments.val_text),
         cache_dir=arguments.cache_dir,
     )
+
+
+def _max_memory(arguments: argparse.Namespace) -> int | None:
+    return None if arguments.max_memory is None else parse_size(arguments.max_memory)
 
 
 def _layers(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,51 +12,80 @@ from transformers import AutoModelForCausalLM
 from lm_zoo.errors import UserError
 from lm_zoo.linearized import LinearizedForCausalLM
 from lm_zoo.modules.loss import CHUNK_ELEMENTS
+from lm_zoo.train.linearize.controls import peak_memory
 from lm_zoo.train.linearize.recover import projections
 from lm_zoo.train.linearize.run import fitting
+from lm_zoo.train.linearize.sizes import duration, size
 from lm_zoo.train.linearize.spec import LinearizeSpec, Recover, Stage
 from lm_zoo.train.linearize.teacher import load_config
 from lm_zoo.train.linearize.transfer import mixer_parameters
 
 ACHIEVED = 0.4  # of the speed of large matrix products, in training
-GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The student without its weights, the spec for its teacher, the dtype of the work, and operations per second."""
+
+    student: LinearizedForCausalLM
+    spec: LinearizeSpec
+    dtype: torch.dtype
+    speed: float
+
+    @classmethod
+    def of(cls, teacher: str | Path, spec: LinearizeSpec, tflops: float | None = None) -> Estimate:
+        """tflops: speed of the machine; by default that of a matrix product, measured here."""
+        if tflops is not None and not tflops > 0:
+            raise UserError(f"--tflops {tflops} must be above 0")
+        student = student_on_meta(teacher, spec)
+        spec = fitting(spec, student.teacher)
+        cuda = torch.cuda.is_available() or tflops is not None
+        dtype = student.dtype if cuda else torch.float32
+        return cls(student, spec, dtype, measured_speed(dtype) if tflops is None else tflops * 1e12)
+
+    def seconds(self, stage: Stage) -> float:
+        """Of training, for a text as long as the stage's tokens."""
+        return stage_flops(self.student, stage) * stage.tokens / self.speed / ACHIEVED
 
 
 def estimate(teacher: str | Path, spec: LinearizeSpec, tflops: float | None = None) -> list[str]:
-    """Lines about memory, disk and time; the time for a text as long as the stages' tokens.
+    """Lines about memory, disk and time of a linearization in memory; the time for a text as long as the tokens."""
+    found = Estimate.of(teacher, spec, tflops)
+    student, stages = found.student, found.spec.stages
+    weights = count(student) * found.dtype.itemsize
+    peak = {name: weights + stage_memory(student, stage, found.dtype) for name, stage in stages.items()}
+    elsewhere = tflops is not None or torch.cuda.is_available()  # not in this process's memory
+    started = 0 if elsewhere else peak_memory(torch.device("cpu"))
+    return [
+        *head_lines(found, tflops),
+        f"memory for the weights: {size(weights)}",
+        *(f"memory for {name}: {size(value + started)}" for name, value in peak.items()),
+        f"peak memory: {size(max(peak.values(), default=weights) + started)}",
+        f"disk: {size(weights)} for the student, {size(checkpoint_bytes(student, found.spec))} beside it for "
+        "checkpoints until it is done",
+        *time_lines(found),
+    ]
 
-    tflops: speed of the machine; by default that of a matrix product, measured here.
-    """
-    if tflops is not None and not tflops > 0:
-        raise UserError(f"--tflops {tflops} must be above 0")
-    student = student_on_meta(teacher, spec)
-    spec = fitting(spec, student.teacher)
-    cuda = torch.cuda.is_available() or tflops is not None
-    dtype = student.dtype if cuda else torch.float32
-    weights = _count(student) * dtype.itemsize
-    speed = measured_speed(dtype) if tflops is None else tflops * 1e12
+
+def head_lines(found: Estimate, tflops: float | None) -> list[str]:
+    student = found.student
+    return [
+        f"{count(student):,} parameters, {count_mixers(student):,} of them new, in {found.dtype}".replace("torch.", ""),
+        f"speed: {found.speed / 1e12:.3g} TFLOP/s, " + ("measured here" if tflops is None else "as given"),
+    ]
+
+
+def time_lines(found: Estimate) -> list[str]:
     lines = [
-        f"{_count(student):,} parameters, {_count_mixers(student):,} of them new, in {dtype}".replace("torch.", ""),
-        f"speed: {speed / 1e12:.3g} TFLOP/s, " + ("measured here" if tflops is None else "as given"),
-        f"memory for the weights: {_gib(weights)}",
+        f"{name}: {trained_parameters(found.student, stage):,} parameters trained, {stage.tokens:,} tokens in "
+        f"{duration(found.seconds(stage))}"
+        for name, stage in found.spec.stages.items()
     ]
-    peak, seconds = weights, 0.0
-    for name, stage in spec.stages.items():
-        trained = trained_parameters(student, stage)
-        memory = weights + stage_memory(student, stage, trained, dtype)
-        stage_seconds = stage_flops(student, stage) * stage.tokens / speed / ACHIEVED
-        lines.append(
-            f"{name}: {trained:,} parameters trained, {_gib(memory)} of memory, {stage.tokens:,} tokens in "
-            f"{_time(stage_seconds)}"
-        )
-        peak, seconds = max(peak, memory), seconds + stage_seconds
-    checkpoint = max((4 * trained_parameters(student, stage) * 4 for stage in spec.stages.values()), default=0)
-    lines += [
-        f"peak memory: {_gib(peak)}",
-        f"disk: {_gib(weights)} for the student, {_gib(checkpoint)} beside it for checkpoints until it is done",
-        f"time: {_time(seconds)}, at {ACHIEVED:.0%} of that speed; measurements and reading come on top",
+    seconds = sum(found.seconds(stage) for stage in found.spec.stages.values())
+    return [
+        *lines,
+        f"time: {duration(seconds)}, at {ACHIEVED:.0%} of that speed; measurements and reading come on top",
     ]
-    return lines
 
 
 def student_on_meta(teacher: str | Path, spec: LinearizeSpec) -> LinearizedForCausalLM:
@@ -68,33 +98,49 @@ def student_on_meta(teacher: str | Path, spec: LinearizeSpec) -> LinearizedForCa
 
 
 def trained_parameters(student: LinearizedForCausalLM, stage: Stage) -> int:
-    mixers = _count_mixers(student)
+    mixers = count_mixers(student)
     if not isinstance(stage, Recover):
         return mixers
     if stage.parameters == "all":
-        return _count(student)
+        return count(student)
     shapes = [student.get_submodule(name).weight.shape for name in projections(student, stage.projections)]
     return stage.rank * sum(map(sum, shapes)) + stage.train_mixers * mixers
 
 
-def stage_memory(student: LinearizedForCausalLM, stage: Stage, trained: int, dtype: torch.dtype) -> int:
+def stage_memory(student: LinearizedForCausalLM, stage: Stage, dtype: torch.dtype) -> int:
     """Bytes beside the weights: gradients, AdamW's two moments, the best weights so far, and activations.
 
-    Of a layer about 16 vectors of the hidden size and four of the MLP's are alive per token; in the transfer those of
-    one layer, in the recovery of all.
+    In the transfer those of one layer are alive, in the recovery of all.
     """
-    config = student.teacher.config
     tokens = stage.batch * stage.length
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    layer = tokens * (16 * config.hidden_size + 4 * inner) * dtype.itemsize
-    memory = 4 * trained * 4 + layer
-    if isinstance(stage, Recover):
-        memory += layer * (config.num_hidden_layers - 1) + 3 * 4 * max(CHUNK_ELEMENTS, config.vocab_size)
-        if stage.parameters == "all" and stage.kl > 0:
-            memory += _count(student) * dtype.itemsize  # the teacher's own copy
-    elif stage.weights_cross_entropy > 0:
-        memory += 6 * 4 * config.num_attention_heads * stage.length**2
+    memory = 4 * trained_parameters(student, stage) * 4
+    if not isinstance(stage, Recover):
+        return memory + layer_memory(student, tokens, dtype, backward=True) + weights_memory(student, stage)
+    layers = len(student.attention_layers)
+    memory += layers * layer_memory(student, tokens, dtype, backward=True)
+    memory += 3 * 4 * max(CHUNK_ELEMENTS, student.teacher.config.vocab_size)
+    if stage.parameters == "all" and stage.kl > 0:
+        memory += count(student) * dtype.itemsize  # the teacher's own copy
     return memory
+
+
+def layer_memory(student: LinearizedForCausalLM, tokens: int, dtype: torch.dtype, *, backward: bool = False) -> int:
+    """Bytes of a layer's activations: 16 vectors of the hidden size and four of the MLP's per token."""
+    config = student.teacher.config
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return tokens * (16 * config.hidden_size + 4 * inner) * dtype.itemsize
+
+
+def weights_memory(student: LinearizedForCausalLM, stage: Stage) -> int:
+    """Bytes for the attention weights of a text, where the stage compares them."""
+    compares = not isinstance(stage, Recover) and stage.weights_cross_entropy > 0
+    return compares * 6 * 4 * student.teacher.config.num_attention_heads * stage.length**2
+
+
+def checkpoint_bytes(student: LinearizedForCausalLM, spec: LinearizeSpec) -> int:
+    """Mixers, and of all that is trained the weights, the best ones and two moments; twice, as one replaces another."""
+    trained = max((trained_parameters(student, stage) for stage in spec.stages.values()), default=0)
+    return 2 * 4 * (count_mixers(student) + 4 * trained)
 
 
 def stage_flops(student: LinearizedForCausalLM, stage: Stage) -> float:
@@ -103,7 +149,7 @@ def stage_flops(student: LinearizedForCausalLM, stage: Stage) -> float:
     The transfer only goes backward through the mixers; adapters leave out the gradients of the frozen weights.
     """
     config = student.teacher.config
-    weights = _count(student) - student.get_input_embeddings().weight.numel()
+    weights = count(student) - student.get_input_embeddings().weight.numel()
     attention = 2 * stage.length * config.hidden_size * config.num_hidden_layers
     if not isinstance(stage, Recover):
         return 2 * weights + attention + 4 * attention * (stage.weights_cross_entropy > 0)
@@ -124,20 +170,9 @@ def measured_speed(dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def _count(model: torch.nn.Module) -> int:
+def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _count_mixers(student: LinearizedForCausalLM) -> int:
+def count_mixers(student: LinearizedForCausalLM) -> int:
     return sum(parameter.numel() for parameter in mixer_parameters(student).values())
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

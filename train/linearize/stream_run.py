@@ -12,9 +12,18 @@ from typing import Any
 
 from lm_zoo.linearized.interface import softmax
 from lm_zoo.train.linearize import controls, transfer
+from lm_zoo.train.linearize.data import PackedRows, TextOptions
 from lm_zoo.train.linearize.recover import Recovery
 from lm_zoo.train.linearize.run import Run
 from lm_zoo.train.linearize.stream_hidden import HiddenRows, first_groups, groups_of
+from lm_zoo.train.linearize.stream_plan import (
+    CONTINUATION,
+    check_disk,
+    check_memory,
+    check_streamable,
+    disk_needed,
+    folder_size,
+)
 from lm_zoo.train.linearize.stream_student import StreamedStudent, streamed_teacher
 from lm_zoo.train.linearize.stream_transfer import (
     LayerLoop,
@@ -29,6 +38,7 @@ from lm_zoo.train.linearize.stream_transfer import (
 )
 from lm_zoo.train.linearize.stream_weights import Checkpoint
 from lm_zoo.train.linearize.teacher import find_teacher
+from lm_zoo.train.linearize.work import work_path
 from lm_zoo.train.order import RowOrder
 
 
@@ -49,10 +59,13 @@ class StreamRun(Run):
 
     student_class = StreamedStudent
     recovery_class = StreamedRecovery
+    continuation_tokens = CONTINUATION
 
     def __init__(self, *given, max_memory: int | None) -> None:
-        self.max_memory = max_memory
+        spec = given[1]
+        check_streamable(spec)
         super().__init__(*given)
+        check_memory(self.student, self.spec, max_memory)
         self.student.read_from(self.checkpoint)
         layers = list(range(len(self.student.attention_layers)))
         placeholders = self.teacher
@@ -63,6 +76,16 @@ class StreamRun(Run):
         folder, tokenizer = find_teacher(teacher, tokenizer)
         self.checkpoint = Checkpoint(folder)
         return streamed_teacher(folder), tokenizer
+
+    def _load_data(self, options: TextOptions) -> None:
+        super()._load_data(options)
+        tokens = 0
+        if self.spec.transfer is not None:
+            rows, used = self._used_rows(number=0)
+            lengths = rows.texts.lengths()
+            tokens = sum(lengths[text] for row in used for text in rows.rows[row])
+        needed = disk_needed(self.student, self.spec, self.dtype, tokens)
+        check_disk(self.output, needed, taken=folder_size(work_path(self.output)))
 
     def _measure_start(self) -> None:
         super()._measure_start()
@@ -100,14 +123,19 @@ class StreamRun(Run):
         """The rows that the stage learns from, and those that choose the best weights."""
         options = self.spec.transfer
         kind = {"width": self.student.config.hidden_size, "dtype": self.dtype}
-        rows = self.data.rows("training", options.length)
-        order = RowOrder(len(rows), min(options.batch, len(rows)), seed=self.spec.seed + number)
-        batches = options.steps(len(rows)) * options.accumulate
-        used = {row for batch in range(batches) for row in order.batch(batch)}
+        rows, used = self._used_rows(number)
         training = HiddenRows(self.work.path / "training", rows, groups_of(used, options.batch), **kind)
         rows = self.data.rows("choosing", options.length)
         groups = first_groups(rows, options.batch, self.spec.measure_tokens)
         return training, HiddenRows(self.work.path / "choosing", rows, groups, **kind)
+
+    def _used_rows(self, number: int) -> tuple[PackedRows, set[int]]:
+        """The rows of the text, and which of them the steps of the stage take."""
+        options = self.spec.transfer
+        rows = self.data.rows("training", options.length)
+        order = RowOrder(len(rows), min(options.batch, len(rows)), seed=self.spec.seed + number)
+        batches = options.steps(len(rows)) * options.accumulate
+        return rows, {row for batch in range(batches) for row in order.batch(batch)}
 
     def _train_layer(self, number, layer, training, choosing, snapshots, state) -> None:
         options, student = self.spec.transfer, self.student
