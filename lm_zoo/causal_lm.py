@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lm_zoo.cache import ZooCache
 from lm_zoo.kernels.checks import check_cu_seqlens
+from lm_zoo.kernels.sequence_parallel import Segment, SequenceGroup, active_group, mean_over_ranks
 from lm_zoo.modules.padding import Padding
 
 IGNORE = -100  # the label of tokens that do not count
@@ -110,7 +112,12 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         else:
             mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
             targets = next_labels(labels, hidden.shape[:2], mask, cu_seqlens)
-            loss = self.head_loss(hidden.flatten(0, 1), targets.flatten(), z_loss=z_loss)
+            hidden, targets = hidden.flatten(0, 1), targets.flatten()
+            if (group := active_group()) is None:
+                loss = self.head_loss(hidden, targets, z_loss=z_loss)
+            else:
+                loss = self.head_loss(hidden, targets, reduction="sum", z_loss=z_loss)
+                loss = mean_over_ranks(loss, (targets != IGNORE).sum(), group)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
 
@@ -195,12 +202,15 @@ def read_tokens(
             raise ValueError("give attention_mask or cu_seqlens, not both: packed documents have no padding")
         past = 0 if past_key_values is None else past_key_values.length
         padding = Padding.find(attention_mask, x.shape[0], length, past)
+    group = active_group()
     if padding is not None:
+        if past_key_values is not None and group is not None:
+            raise ValueError("ranks cannot share a padded batch with a cache: leave out past_key_values or the padding")
         x, cu_seqlens = padding.pack(x), padding.cu_seqlens
     if x.shape[1] > 0:  # nothing but padding leaves the states as they are
         x = run(x, past_key_values, cu_seqlens)
     if past_key_values is not None:
-        past_key_values.length += length
+        past_key_values.length += length if group is None else length * group.size
     return x if padding is None else padding.unpack(x)
 
 
@@ -233,10 +243,26 @@ def next_labels(
         labels, cu_seqlens = padding.pack(labels), padding.cu_seqlens
     targets = torch.full_like(labels, IGNORE)
     targets[:, :-1] = labels[:, 1:]
-    if cu_seqlens is not None and targets.numel():
+    if (group := active_group()) is not None and targets.numel():
+        targets = _targets_of_segment(labels, targets, cu_seqlens, group)
+    elif cu_seqlens is not None and targets.numel():
         last = cu_seqlens[1:].long() - 1  # -1 for an empty first document: the very last token, which has no next one
         targets[:, last] = IGNORE
     return targets if padding is None else padding.unpack(targets, IGNORE)
+
+
+def _targets_of_segment(labels: Tensor, targets: Tensor, cu_seqlens: Tensor | None, group: SequenceGroup) -> Tensor:
+    """With the label of the last token, which is the first one of the next segment, and the borders that lie here."""
+    segment = Segment(group, labels.shape[1], cu_seqlens, labels.device)
+    following = group.shift(labels[:, :1], -1)
+    if group.rank < group.size - 1:
+        targets[:, -1:] = following
+    if segment.packed:
+        last = cu_seqlens[1:].long() - 1 - segment.offset
+        here = (last >= 0) & (last < segment.length)
+        last = torch.where(here, last, segment.length)
+        targets = F.pad(targets, (0, 1)).index_fill(1, last, IGNORE)[:, :-1]
+    return targets
 
 
 def _check_cache(cache: ZooCache | None, num_states: int, batch: int, cu_seqlens: Tensor | None) -> None:

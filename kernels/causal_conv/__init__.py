@@ -19,6 +19,8 @@ from lm_zoo.kernels.checks import (
     check_shape,
     check_tensor,
 )
+from lm_zoo.kernels.sequence_parallel.convolution import causal_conv1d_segment
+from lm_zoo.kernels.sequence_parallel.group import active_group
 
 __all__ = ["causal_conv1d"]
 
@@ -62,6 +64,9 @@ def causal_conv1d(
         the message names the argument.
     """
     _check_arguments(x, weight, bias, activation, state, cu_seqlens)
+    if (group := active_group()) is not None:
+        options = {"activation": activation, "state": state, "cu_seqlens": cu_seqlens, "backend": backend}
+        return causal_conv1d_segment(causal_conv1d, group, x, weight, bias, **options)
     if choose(backend, x, BACKENDS, unsupported=_not_in_triton(weight)) == "triton":
         from lm_zoo.kernels.causal_conv.triton_conv import causal_conv1d_triton
 
@@ -95,7 +100,8 @@ def _check_arguments(x, weight, bias, activation, state, cu_seqlens) -> None:
     check_option("activation", activation, (None, "silu"))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, x.device)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would stall the device
+        on_host = x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would stall the device
+        if on_host and active_group() is None:
             check_bounds(cu_seqlens.tolist(), length)
     if state is not None:
         check_tensor("state", state)

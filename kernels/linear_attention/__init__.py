@@ -21,6 +21,8 @@ from lm_zoo.kernels.checks import (
 from lm_zoo.kernels.linear_attention.chunkwise import linear_attention_chunkwise
 from lm_zoo.kernels.linear_attention.reference import linear_attention_reference
 from lm_zoo.kernels.linear_attention.step import linear_attention_step
+from lm_zoo.kernels.sequence_parallel.group import active_group
+from lm_zoo.kernels.sequence_parallel.recurrences import linear_attention_segment
 
 __all__ = ["linear_attention", "linear_attention_step"]
 
@@ -72,6 +74,10 @@ def linear_attention(
         state that is not finite; the message names the argument.
     """
     _check_arguments(q, k, v, log_decay, beta, initial_state, cu_seqlens)
+    if (group := active_group()) is not None:
+        options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
+        options |= {"cu_seqlens": cu_seqlens, "backend": backend}
+        return linear_attention_segment(linear_attention, group, q, k, v, log_decay, beta, **options)
     inputs = (q, k, v, log_decay, beta, initial_state)
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     backend = choose(backend, q, unsupported=_not_in_triton(q, v, log_decay, beta, trains))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lm_zoo.kernels.backends import choose
 from lm_zoo.kernels.checks import check_same, check_shape, check_tensor
+from lm_zoo.kernels.sequence_parallel.group import refuse_steps
 
 STATE_DTYPES = (torch.float32, torch.float64)
 MAX_SIZE = 256  # of K and V, in the Triton kernel
@@ -43,6 +44,7 @@ def linear_attention_step(
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
+    refuse_steps("linear_attention_step")
     _check_arguments(q, k, v, log_decay, beta, state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     step = _steps

@@ -14,6 +14,8 @@ from lm_zoo.kernels.backends import choose
 from lm_zoo.kernels.checks import FLOATS, check_cu_seqlens, check_same, check_shape, check_tensor
 from lm_zoo.kernels.linear_scan import op
 from lm_zoo.kernels.linear_scan.reference import linear_scan_reference
+from lm_zoo.kernels.sequence_parallel.group import active_group, refuse_steps
+from lm_zoo.kernels.sequence_parallel.recurrences import linear_scan_segment
 
 __all__ = ["linear_scan", "linear_scan_step"]
 
@@ -69,6 +71,9 @@ def linear_scan(
     if initial_state is not None:
         rows, layout = (x.shape[0], "[B, D]") if cu_seqlens is None else (cu_seqlens.numel() - 1, "[N, D]")
         _check_state("initial_state", initial_state, x, layout, (rows, x.shape[2]))
+    if (group := active_group()) is not None:
+        options = {"initial_state": initial_state, "output_final_state": output_final_state, "reverse": reverse}
+        return linear_scan_segment(linear_scan, group, x, decay, **options, cu_seqlens=cu_seqlens, backend=backend)
     backend = choose(backend, _real(x))
     inputs = (x, decay, initial_state, cu_seqlens, reverse)
     h, final_state = linear_scan_reference(*inputs) if backend == "reference" else op.linear_scan(*inputs, backend)
@@ -92,6 +97,7 @@ def linear_scan_step(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
+    refuse_steps("linear_scan_step")
     _check_arguments(x, decay, "[B, D]")
     check_tensor("state", state, COMPLEX if x.is_complex() else (torch.float32, torch.float64))
     _check_state("state", state, x, "[B, D]", tuple(x.shape))

@@ -15,6 +15,8 @@ from lm_zoo.kernels.checks import check_cu_seqlens, check_same, check_shape, che
 from lm_zoo.kernels.selective_scan import op
 from lm_zoo.kernels.selective_scan.reference import selective_scan_reference
 from lm_zoo.kernels.selective_scan.step import selective_scan_step
+from lm_zoo.kernels.sequence_parallel.group import active_group
+from lm_zoo.kernels.sequence_parallel.recurrences import selective_scan_segment
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
@@ -69,6 +71,9 @@ def selective_scan(
         argument.
     """
     _check_arguments(x, dt, A, B, C, D, z, initial_state, cu_seqlens)
+    if (group := active_group()) is not None:
+        options = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+        return selective_scan_segment(selective_scan, group, x, dt, A, B, C, D, z, **options, backend=backend)
     backend = choose(backend, x, unsupported=op.why_not_triton(A))
     inputs = (x, dt, A, B, C, D, z, initial_state, cu_seqlens)
     with torch.autocast(x.device.type, enabled=False):  # it would round states to its dtype

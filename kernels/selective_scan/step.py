@@ -6,6 +6,7 @@ from torch import Tensor
 from lm_zoo.kernels.backends import choose
 from lm_zoo.kernels.checks import check_same, check_shape, check_tensor
 from lm_zoo.kernels.selective_scan.op import STEP, passes, why_not_triton
+from lm_zoo.kernels.sequence_parallel.group import refuse_steps
 
 
 @torch.no_grad()
@@ -37,6 +38,7 @@ def selective_scan_step(
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
+    refuse_steps("selective_scan_step")
     _check_arguments(x, dt, A, B, C, D, z, state)
     unsupported = "selective_scan_step writes states in float32" if state.dtype == torch.float64 else why_not_triton(A)
     backend = choose("auto", x, ("auto", "triton", "torch"), unsupported=unsupported)

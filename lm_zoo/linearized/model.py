@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from lm_zoo.cache import ZooCache
 from lm_zoo.causal_lm import IGNORE, CausalLM, read_tokens
 from lm_zoo.errors import UserError
+from lm_zoo.kernels.sequence_parallel import active_group
 from lm_zoo.layers import LayerState
 from lm_zoo.layers.kv_state import key_values
 from lm_zoo.linearized.config import CODE_FILE, LinearizedConfig
@@ -161,6 +162,8 @@ class LinearizedForCausalLM(CausalLM):
             raise ValueError(
                 "an observer stands in for attention without a state: leave out past_key_values and use_cache"
             )
+        if active_group() is not None:
+            raise ValueError("ranks cannot share the text of a linearized model: leave the sequence_parallel block")
         return read_tokens(
             self.get_input_embeddings(),
             self._run,

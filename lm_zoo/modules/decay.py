@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm_zoo.kernels.sequence_parallel import Product, Segment, SequenceGroup, active_group, scan_ranks
 from lm_zoo.modules.init import fill_
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def running_sign(negative: Tensor, state: LayerState | None, cu_seqlens: Tensor 
     it off the outputs.
     """
     flips = negative.cumsum(dim=1)
+    if (group := active_group()) is not None:
+        return _sign_of_segment(flips, state, cu_seqlens, group)
     if state is not None and cu_seqlens is None:
         flips = flips + state["flips"][:, None]
         state.write("flips", flips[:, -1] % 2)
@@ -80,4 +83,26 @@ def running_sign(negative: Tensor, state: LayerState | None, cu_seqlens: Tensor 
         state.write("flips", (before[cu_seqlens[1:]] + offset) % 2)
         document = torch.searchsorted(cu_seqlens, torch.arange(flips.shape[1], device=flips.device), right=True) - 1
         flips = flips + offset[document]
+    return 1 - 2 * (flips % 2)
+
+
+def _sign_of_segment(
+    flips: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, group: SequenceGroup
+) -> Tensor:
+    """`running_sign` of the flips that were counted within a segment."""
+    segment = Segment(group, flips.shape[1], cu_seqlens, flips.device)
+    carried = scan_ranks(group, None, flips[:, -1] % 2, None, Product).result()
+    flips = flips + carried[:, None]
+    if state is not None and cu_seqlens is None:
+        flips = flips + state["flips"][:, None]
+        state.write("flips", segment.final(flips[:, -1] % 2))
+    elif state is not None:
+        # What all segments counted before each border, of which the segment that it lies in knows.
+        place, length = cu_seqlens - segment.offset, segment.length + (group.rank == group.size - 1)
+        here = torch.cat([carried, flips[0]])[place.clamp(0, segment.length)]
+        before = group.sum(torch.where(((place >= 0) & (place < length))[:, None], here, 0))
+        offset = state["flips"] - before[:-1]
+        state.write("flips", (before[1:] + offset) % 2)
+        tokens = segment.offset + torch.arange(segment.length, device=flips.device)
+        flips = flips + offset[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
     return 1 - 2 * (flips % 2)

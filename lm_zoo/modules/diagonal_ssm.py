@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lm_zoo.kernels.checks import check_bounds
 from lm_zoo.kernels.linear_scan import linear_scan
+from lm_zoo.kernels.sequence_parallel import Carry, Product, Segment, SequenceGroup, active_group, alone
 
 BLOCK = 64
 
@@ -38,6 +39,47 @@ def respond(h: Tensor, a: Tensor, c: Tensor, length: int) -> Tensor:
     h = (h[:, :, None] * coarse[:, None]).flatten(1, 2)  # [D, R size, M]
     y = torch.view_as_real(h).flatten(2) @ torch.view_as_real(fine.conj().resolve_conj()).flatten(2).mT
     return y.unflatten(1, (-1, size)).flatten(2)[..., :length]
+
+
+def scan_texts(
+    u: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y of u `[B, T, D]`, or of N texts packed along time, and their last states `[B or N, D, M]` if asked for.
+
+    Each text goes on from its own state in `start`, from 0 if not given.
+    """
+    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    start = b.new_zeros(rows, *b.shape) if start is None else start
+    if (group := active_group()) is not None:
+        return _scan_segment(u, a, b, c, start, cu_seqlens, group, output_final_state)
+    if cu_seqlens is None:  # a batch is packed sequences of one length
+        cu_seqlens = torch.arange(u.shape[0] + 1, device=u.device) * u.shape[1]
+    y, last = scan_blocks(u.flatten(0, 1)[None], a, b, c, start, cu_seqlens)
+    return y.view_as(u), last if output_final_state else None
+
+
+def _scan_segment(u, a, b, c, start, cu_seqlens, group: SequenceGroup, output_final_state: bool):
+    """The same for a segment of u: its own y, and what the state that enters it adds."""
+    segment = Segment(group, u.shape[1], cu_seqlens, u.device)
+    with alone():
+        y, last = scan_texts(u, a, b, c, segment.own(start), segment.cu_seqlens, output_final_state=True)
+    decay = (a * segment.length).exp().to(b.dtype)[None]
+    decay = decay * segment.whole() if segment.packed else decay
+    S_in = Carry(group, decay, segment.leaving(last), segment.start_of(start), Product).arrive()
+    carried = respond((S_in * a.exp().to(b.dtype)).transpose(0, 1), a, c, segment.length).permute(1, 2, 0)
+    lengths = segment.length
+    if segment.packed:  # the text that goes on ends where the first one starts
+        carried = carried * (segment.first.cumsum(0) == 0)[:, None]
+        lengths = segment.cu_seqlens.diff()[:, None, None]
+    last = last + segment.entering(S_in, torch.zeros_like(last)) * (a * lengths).exp().to(b.dtype)
+    return y + carried, segment.final(last) if output_final_state else None
 
 
 def scan_blocks(u: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

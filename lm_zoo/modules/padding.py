@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lm_zoo.kernels.sequence_parallel import SequenceGroup, active_group, gather_tokens
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,15 @@ class Padding:
                 + f", got {list(attention_mask.shape)}"
             )
         mask = attention_mask[:, -length:].bool()
+        group = active_group()
+        if group is not None:
+            group.check_length(length, mask.device)
+            mask, length = gather_tokens(mask, 1, group), group.size * length
         if mask.all():
             return None
         index = mask.flatten().nonzero().squeeze(1)
+        if group is not None:
+            return SharedPadding.of(index, mask, group)
         return cls(index, F.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)), (batch, length))
 
     def pack(self, x: Tensor) -> Tensor:
@@ -47,3 +56,31 @@ class Padding:
         batch, length = self.shape
         full = x.new_full((batch * length, *x.shape[2:]), fill)
         return full.index_copy(0, self.index, x[0]).unflatten(0, self.shape)
+
+
+@dataclass(frozen=True)
+class SharedPadding(Padding):
+    """The padding of a batch whose rows lie in segments on many ranks, and that is packed into segments again.
+
+    The tokens are gathered for it, here and at the end; the layers see packed documents, and every rank has as much to
+    do. So many tokens as are missing to equal segments are one more document.
+    """
+
+    group: SequenceGroup
+    missing: int
+
+    @classmethod
+    def of(cls, index: Tensor, mask: Tensor, group: SequenceGroup) -> SharedPadding:
+        """`mask` `[B, n T]`: which tokens of all segments there are, at `index` when it is flattened."""
+        cu_seqlens, missing = F.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)), -len(index) % group.size
+        if missing:
+            cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
+        return cls(index, cu_seqlens, tuple(mask.shape), group, missing)
+
+    def pack(self, x: Tensor) -> Tensor:
+        packed = super().pack(gather_tokens(x, 1, self.group))
+        return self.group.segment(F.pad(packed, (0, 0) * (x.dim() - 2) + (0, self.missing)))
+
+    def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
+        packed = gather_tokens(x, 1, self.group)
+        return self.group.segment(super().unpack(packed[:, : len(self.index)], fill))

@@ -6,6 +6,7 @@ Nothing is kept in buffers: a table would have to grow with the longest text, an
 import torch
 from torch import Tensor, nn
 
+from lm_zoo.kernels.sequence_parallel import active_group
 from lm_zoo.modules.init import fill_
 
 
@@ -20,6 +21,8 @@ def token_positions(
         cu_seqlens: `[N + 1]` borders of the N documents packed along time; each counts on its own.
     """
     steps = torch.arange(length, device=device)
+    if (group := active_group()) is not None:  # the tokens are a segment of the text, of which `cu_seqlens` is all
+        steps = steps + group.rank * length
     if cu_seqlens is None:
         return steps[None] if start is None else start[:, None] + steps
     document = torch.searchsorted(cu_seqlens, steps, right=True) - 1  # `right`: empty documents own no token
@@ -29,6 +32,7 @@ def token_positions(
 
 def advance(position: Tensor, length: int, cu_seqlens: Tensor | None) -> None:
     """Count the tokens of a call into `position` `[B or N]`, in place."""
+    length = length if (group := active_group()) is None else length * group.size
     position += length if cu_seqlens is None else cu_seqlens.diff()
 
 
