@@ -4,10 +4,11 @@ import itertools
 import math
 
 import torch
+from registered_mixers import expected_registered
 
 from lm_zoo.linearized.inner import INNER_MIXERS, Context
 
-D, SCALE, ROTARY = 6, 0.7, 4
+D, SCALE, ROTARY, HIDDEN = 6, 0.7, 4, 10
 LENGTH = 23
 MIXERS = {
     "sliding": ("hybrid", {"window": 4, "window_kind": "sliding"}),
@@ -20,6 +21,17 @@ MIXERS = {
     "hedgehog-shared": ("hybrid", {"window": 0, "feature_map_per": "kv_head"}),
     "terrace-elu": ("hybrid", {"window": 4, "feature_map": "elu"}),
     "liger": ("liger", {"window": 5, "share": 0.3}),
+    "gated_deltanet": ("gated_deltanet", {}),
+    "gated_deltanet-qkv": ("gated_deltanet", {"rotary": False, "silu": True, "conv_size": 2}),
+    "mamba2": ("mamba2", {}),
+    "mamba2-negative": ("mamba2", {"allow_negative_eigenvalues": True, "silu": True}),
+    "deltanet": ("deltanet", {"use_gate": True}),
+    "kda": ("kda", {}),
+    "gla": ("gla", {"gate_rank": 3}),
+    "retnet": ("retnet", {}),
+    "linear_attention": ("linear_attention", {"rotary": False}),
+    "lightning": ("lightning", {"lrpe": False}),
+    "lightnet": ("lightnet", {"gate_rank": 3}),
 }
 HEADS = {"grouped": (4, 2), "plain": (2, 2)}
 
@@ -28,7 +40,7 @@ def make_mixer(name, heads=(4, 2), dtype=torch.float64, **more):
     kind, options = MIXERS[name]
     torch.manual_seed(0)
     mixer = INNER_MIXERS[kind](
-        num_heads=heads[0], num_kv_heads=heads[1], head_size=D, scale=SCALE, hidden_size=24, **options | more
+        num_heads=heads[0], num_kv_heads=heads[1], head_size=D, scale=SCALE, hidden_size=HIDDEN, **options | more
     )
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter)
@@ -36,7 +48,7 @@ def make_mixer(name, heads=(4, 2), dtype=torch.float64, **more):
 
 
 class Texts:
-    """q, k and v of B texts, after a rotary embedding of some of their channels that scales too; and that embedding."""
+    """q, k and v of B texts, after a rotary embedding of some channels that scales too; it, and the layer's input."""
 
     def __init__(self, batch, length, seed=1, heads=(4, 2), dtype=torch.float64):
         generator = torch.Generator().manual_seed(seed)
@@ -47,6 +59,7 @@ class Texts:
         self.plain_q, self.plain_k, self.v = draw(heads[0]), draw(heads[1]), draw(heads[1]).to(dtype)
         angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.1])
         self.turn = torch.polar(torch.full_like(angle, 1.2), angle)[None]  # [1, T, R / 2]
+        self.hidden = torch.randn(batch, length, HIDDEN, dtype=torch.float64, generator=generator).to(dtype)
         self.q, self.k = self.rotate(self.plain_q).to(dtype), self.rotate(self.plain_k).to(dtype)
         self.rotary = self.turn.real.repeat(1, 1, 2).to(dtype), self.turn.imag.repeat(1, 1, 2).to(dtype)
 
@@ -62,13 +75,13 @@ class Texts:
         return leaves
 
     def __getitem__(self, span):
-        """q, k, v and the rotary embedding of some tokens."""
-        return (*(x[:, span] for x in (self.q, self.k, self.v)), *(x[:, span] for x in self.rotary))
+        """q, k, v, the rotary embedding and the layer's input of some tokens."""
+        return [x[:, span] for x in (self.q, self.k, self.v, *self.rotary, self.hidden)]
 
 
 def call(mixer, inputs, state=None, cu_seqlens=None):
-    q, k, v, cos, sin = inputs
-    return mixer(q, k, v, context=Context(rotary=(cos, sin)), state=state, cu_seqlens=cu_seqlens)
+    q, k, v, cos, sin, hidden = inputs
+    return mixer(q, k, v, context=Context(hidden=hidden, rotary=(cos, sin)), state=state, cu_seqlens=cu_seqlens)
 
 
 def start(mixer, batch, dtype=torch.float64):
@@ -138,4 +151,4 @@ def expected_liger(mixer, texts):
     return torch.stack(outputs, dim=2)
 
 
-EXPECTED = {"hybrid": expected_hybrid, "liger": expected_liger}
+EXPECTED = dict.fromkeys(INNER_MIXERS, expected_registered) | {"hybrid": expected_hybrid, "liger": expected_liger}

@@ -126,8 +126,10 @@ class Mixer(nn.Module):
         return self._shared[0]
 
     def _placement(self, device, dtype) -> tuple[torch.device, torch.dtype]:
-        parameter = next(self.parameters())
-        return torch.device(device or parameter.device), dtype or parameter.dtype
+        if device is None or dtype is None:
+            parameter = next(self.parameters())
+            device, dtype = device or parameter.device, dtype or parameter.dtype
+        return torch.device(device), dtype
 
 
 def recurrent_state(batch_size: int, heads: int, key_size: int, value_size: int, device, dtype) -> Tensor:

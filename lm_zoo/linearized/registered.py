@@ -61,6 +61,8 @@ class RegisteredMixer(InnerMixer):
         check_flag("rotary", rotary)
         check_flag("silu", silu)
         self.rotary = rotary
+        if silu and "silu" not in self.options():
+            raise ValueError("silu must be false: this mixer has no convolution for it to follow")
         self.layer = self.layer_class.between_projections(hidden_size, num_heads, head_size, **options)
         self.output_scale = nn.Parameter(torch.ones(num_heads, head_size))
         pass_through(self.layer, silu)
@@ -78,16 +80,17 @@ class RegisteredMixer(InnerMixer):
         self, q: Tensor, k: Tensor, v: Tensor, *, context: Context, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> Tensor:
         check_texts(q, state, cu_seqlens)
-        group = self.num_heads // self.num_kv_heads
-        k, v = (y.repeat_interleave(group, dim=2) for y in (k, v))
+        given, dtype = q.dtype, self._dtype(q.device)
         if not self.rotary:
-            q, k = turn_back(torch.cat([q, k], dim=2), context.rotary).chunk(2, dim=2)
-        result, dtype = q.dtype, self._dtype(q.device)
+            both = turn_back(torch.cat([q, k], dim=2), context.rotary)
+            q, k = both.split_with_sizes((self.num_heads, self.num_kv_heads), dim=2)
+        k, v = (y.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2) for y in (k, v))
         q, k, v = (y.to(dtype).flatten(2) for y in (q, k, v))
         y = self.layer.mix(q, k, v, context.hidden.to(dtype), state=state, cu_seqlens=cu_seqlens)
-        return (y.unflatten(-1, self.output_scale.shape) * self.output_scale).to(result)
+        return (y.unflatten(-1, self.output_scale.shape) * self.output_scale).to(given)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
+        """What the mixer computes in: while it is trained its parameters are wider than the teacher's."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.output_scale.dtype
@@ -114,6 +117,11 @@ def pass_through(layer: QKVMixer, silu: bool) -> None:
         nn.init.zeros_(last.weight)
 
 
+def register(name: str, layer_class: type[QKVMixer]) -> None:
+    """Make a layer the inner mixer of that name."""
+    INNER_MIXERS[name] = type(layer_class.__name__, (RegisteredMixer,), {"layer_class": layer_class})
+
+
 for _name, _class in MIXERS.items():
     if issubclass(_class, QKVMixer):
-        INNER_MIXERS[_name] = type(_class.__name__, (RegisteredMixer,), {"layer_class": _class})
+        register(_name, _class)

@@ -22,6 +22,8 @@ from inner_mixers import (
 
 from lm_zoo.linearized.inner import Context
 
+AVERAGES = {"hybrid": 1, "liger": 20}  # of the values: how much larger than those the output can be
+
 
 @pytest.fixture(params=list(MIXERS))
 def name(request):
@@ -124,7 +126,7 @@ def test_packed_texts_continue_their_own_rows(name, grad):
 
 def test_the_future_is_not_seen(name):
     mixer, texts, changed = make_mixer(name), Texts(1, LENGTH), Texts(1, LENGTH)
-    for x in (changed.q, changed.k, changed.v):
+    for x in (changed.q, changed.k, changed.v, changed.hidden):
         x[:, 11:] = 7.0
     torch.testing.assert_close(call(mixer, changed[:])[:, :11], call(mixer, texts[:])[:, :11], rtol=0, atol=1e-13)
 
@@ -135,6 +137,7 @@ def test_float32_and_bfloat16(name):
         exact, wide = make_mixer(name), Texts(2, 40)
         exact.load_state_dict(mixer.state_dict())
         wide.q, wide.k, wide.v = texts.q.double(), texts.k.double(), texts.v.double()
+        wide.hidden = texts.hidden.double()
         wide.rotary = tuple(x.double() for x in texts.rotary)
         expected = call(exact, wide[:])
         state = start(mixer, 2, dtype)
@@ -152,7 +155,8 @@ def test_autocast(name):
     state = start(mixer, 2, torch.bfloat16)
     expected = call(mixer, texts[:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close(call(mixer, texts[:]), expected, 1e-2 if name == "liger" else 1e-6)  # Liger's window rounds
+        # Liger's window rounds, and the registered mixers' gates.
+        assert_close(call(mixer, texts[:]), expected, 1e-6 if MIXERS[name][0] == "hybrid" else 2e-2)
         with torch.no_grad():
             assert_close(in_parts(mixer, texts, [7, 1, 1, 3], state), expected, 2e-2)
 
@@ -165,7 +169,8 @@ def test_ten_thousand_tokens(name):
         y = in_parts(mixer, texts, [10_000, 1, 1, 1], start(mixer, 1, torch.float32))
     assert torch.isfinite(whole).all()
     assert_close(y[:, -3:], whole[:, -3:], 1e-5)
-    assert whole.abs().max() <= texts.v.abs().max() * (1 if name != "liger" else 20)
+    if MIXERS[name][0] in AVERAGES:
+        assert whole.abs().max() <= texts.v.abs().max() * AVERAGES[MIXERS[name][0]]
 
 
 # torch.compile itself makes an instance of autograd functions that it meets
