@@ -26,7 +26,7 @@ class RegisteredMixer(InnerMixer):
     q, k and v are the teacher's, keys and values repeated for the query heads that share them; x is the input of the
     attention layer, of which the mixer makes its gates. The mixer's heads are the teacher's, with K = V = D. It has new
     parameters for all but the projections, and starts as little more than its recurrence: the convolution hands each
-    token on as it is, the output gate is the same for all tokens, and `match_norm` sets s.
+    token on as it is, the output gate is the same for all tokens, Mamba-2's D is 0, and `match_norm` sets s.
 
     Args:
         rotary: whether q and k keep the teacher's rotary positions.
@@ -102,7 +102,7 @@ class RegisteredMixer(InnerMixer):
 
 
 def pass_through(layer: QKVMixer, silu: bool) -> None:
-    """A convolution that hands each token on as it is, and an output gate that is open alike for all of them."""
+    """Hand each token on as it is, open the output gate alike for all of them, and let Mamba-2's D x add nothing yet."""
     for module in layer.modules():
         if isinstance(module, ShortConvolution):
             module.silu = silu
@@ -115,6 +115,8 @@ def pass_through(layer: QKVMixer, silu: bool) -> None:
         last = gate[-1] if isinstance(gate, nn.Sequential) else gate
         last.bias = nn.Parameter(torch.ones_like(last.weight[:, 0]))
         nn.init.zeros_(last.weight)
+    if hasattr(layer, "D"):  # beside it the state's part would be small, and the norm follows both
+        nn.init.zeros_(layer.D)
 
 
 def register(name: str, layer_class: type[QKVMixer]) -> None:

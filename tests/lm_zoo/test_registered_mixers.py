@@ -72,6 +72,8 @@ def test_convolution_and_gate_start_open(name):
     x = torch.randn(1, 7, mixer.layer.conv.channels, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(mixer.layer.conv(x), x)
     assert_close(fresh(name, silu=True).layer.conv(x), F.silu(x), 1e-12)
+    if name == "mamba2":
+        assert not mixer.layer.D.any()
     if name != "deltanet":
         gates = mixer.layer.gate_proj(texts.hidden)
         assert torch.equal(gates, torch.ones_like(gates))
