@@ -1,7 +1,7 @@
 """Linearization of a teacher whose weights stay on the disk: the same result as with all of them in memory."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +12,18 @@ import pytest
 import torch
 from compare import assert_close
 from linearize_fixtures import byte_teacher, small_spec, stage, tokenizer, write_text
-from safetensors.torch import load_file
 from tiny_teachers import TEACHERS
 from transformers import AutoModelForCausalLM
 
 from lm_zoo.errors import UserError
 from lm_zoo.train.linearize import linearize, stream_run
 from lm_zoo.train.linearize.data import TextOptions
-from lm_zoo.train.linearize.stream_student import StreamedStudent, streamed_teacher
-from lm_zoo.train.linearize.stream_weights import Checkpoint
+from lm_zoo.train.linearize.stream_student import HEAD, StreamedStudent, streamed_teacher
+from lm_zoo.train.linearize.stream_weights import INDEX, Checkpoint
 from lm_zoo.train.linearize.work import work_path
 
+QUICK = ("llama", "gemma3-cap", "gpt_neox", "gpt2")  # norms, scales, names and biases of all kinds
+FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TEACHERS]
 ROOM = 2**40
 
 
@@ -72,7 +73,7 @@ def assert_same_report(stream: dict, memory: dict, tolerance: float) -> None:
         assert stream[key] == memory[key]
 
 
-@pytest.mark.parametrize("family", TEACHERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_comes_out_in_memory(start, tmp_path, family) -> None:
     save_teacher(tmp_path / "teacher", family)
     assert len(list((tmp_path / "teacher").glob("*.safetensors"))) > 2
@@ -108,6 +109,46 @@ def test_each_layer_learns_what_it_learns_beside_the_others(start, tmp_path, mon
     for module, other in zip(stream.attention_layers, memory.attention_layers, strict=True):
         for name, weight in other.mixer.state_dict().items():
             assert_close(module.mixer.state_dict()[name], weight, 1e-7)
+
+
+@torch.no_grad()
+def test_one_part_is_in_memory_at_a_time(tmp_path) -> None:
+    expected = save_teacher(tmp_path)
+    student = StreamedStudent.from_teacher(streamed_teacher(tmp_path), "hybrid", {"window": 64}).eval()
+    student.read_from(Checkpoint(tmp_path))
+    parts = [student.get_output_embeddings(), *student.teacher.model.layers]
+
+    def held() -> list[bool]:
+        return [not next(part.parameters()).isnan().any() for part in parts]
+
+    assert not any(held())
+    assert student.get_input_embeddings().weight.untyped_storage().nbytes() == 4
+    with student.holding(1), student.holding(1):
+        assert held() == [False, False, True, False]
+    with student.holding(HEAD):
+        assert held() == [True, False, False, False]
+    assert not any(held())
+    ids = torch.tensor([list(b"the state of the token")])
+    assert_close(student(ids).logits, expected(ids).logits, 1e-5)  # the window is longer than the text
+    assert not any(held())
+
+
+def test_adapters_are_merged_as_they_are_in_memory(start, tmp_path) -> None:
+    """In a base layer that stores its weight the other way round, too."""
+    save_teacher(tmp_path / "teacher", "gpt2")
+    student, _ = start(
+        "out", small_spec(transfer=None, recover=stage(2, learning_rate=0.1)), mode="stream", max_memory=ROOM
+    )
+    before, after = (Checkpoint(tmp_path / name) for name in ("teacher", "out"))
+    assert set(student.adapters) == {
+        f"transformer.h.{n}.attn.{m}.weight" for n in range(3) for m in ("c_attn", "c_proj")
+    }
+    for name in before.entries:
+        teachers, ours = (
+            weights.read(f"{prefix}{name}", torch.float32, torch.device("cpu"))
+            for weights, prefix in ((before, ""), (after, "teacher."))
+        )
+        assert torch.equal(teachers, ours) == (name not in student.adapters), name
 
 
 KILLED = """
@@ -155,3 +196,135 @@ def test_killed_and_resumed_is_the_uninterrupted_run(start, tmp_path, killed_in)
         for entry in result["stages"].values():
             assert entry.pop("seconds") > 0
     assert report == expected
+
+
+def move_weight(teacher: Path) -> None:
+    index = json.loads((teacher / INDEX).read_text())
+    index["weight_map"]["model.layers.0.mlp.up_proj.weight"] = index["weight_map"]["lm_head.weight"]
+    index["weight_map"]["lm_head.weight"] = next(iter(index["weight_map"].values()))
+    (teacher / INDEX).write_text(json.dumps(index))
+
+
+def promise_a_weight(teacher: Path) -> None:
+    index = json.loads((teacher / INDEX).read_text())
+    index["weight_map"]["model.layers.9.weight"] = index["weight_map"]["model.norm.weight"]
+    (teacher / INDEX).write_text(json.dumps(index))
+
+
+def forget_a_weight(teacher: Path) -> None:
+    index = json.loads((teacher / INDEX).read_text())
+    file = index["weight_map"].pop("model.layers.2.mlp.up_proj.weight")
+    for name in [name for name, other in index["weight_map"].items() if other == file]:
+        del index["weight_map"][name]
+    (teacher / INDEX).write_text(json.dumps(index))
+
+
+def cut(teacher: Path) -> None:
+    path = sorted(teacher.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def garble(teacher: Path) -> None:
+    sorted(teacher.glob("*.safetensors"))[1].write_bytes(b"garbage")
+
+
+def pickle_weights(teacher: Path) -> None:
+    for path in teacher.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, teacher / "pytorch_model.bin")
+
+
+def widen(teacher: Path) -> None:
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+
+
+BROKEN = {
+    "a missing shard": (
+        lambda teacher: sorted(teacher.glob("*.safetensors"))[1].unlink(),
+        r"model-00002-of-\d+\.safetensors is missing, and model\.safetensors\.index\.json names it",
+    ),
+    "no index": (lambda teacher: (teacher / INDEX).unlink(), "has no weights"),
+    "a damaged index": (lambda teacher: (teacher / INDEX).write_text("{"), "index.json is damaged"),
+    "an index that promises too much": (promise_a_weight, "has no tensor model.layers.9.weight, which model"),
+    "an index that is wrong": (move_weight, "has no tensor .*weight, which model"),
+    "a weight that no file has": (forget_a_weight, "lacks the weight model.layers.2"),
+    "a shard that is cut off": (cut, "safetensors is cut off"),
+    "a shard that is none": (garble, "is no safetensors file, or damaged"),
+    "another format": (pickle_weights, "has no model.safetensors, and --mode stream reads no other format"),
+    "another shape": (widen, r"has the shape \[40, 32\], and config.json asks for \[48, 32\]"),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    save_teacher(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_weights_are_told_before_the_start(start, tmp_path, teacher_folder, case) -> None:
+    spoil, message = BROKEN[case]
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    spoil(tmp_path / "teacher")
+    with pytest.raises(UserError, match=message):
+        start("out", small_spec(), mode="stream", max_memory=ROOM)
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "text.txt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "message"),
+    [
+        ({"max_memory": None}, {}, "give --max-memory, such as 8GiB"),
+        (
+            {"max_memory": 10**6},
+            {},
+            r"--max-memory 1.0 MiB is too little: \w+ needs [\d,.]+ [MG]iB, [\d,.]+ [MG]iB of it",
+        ),
+        ({}, {"recover.parameters": "all"}, "recover.parameters: all holds gradients"),
+        ({"mode": "memory"}, {}, "max_memory is a bound for mode stream"),
+        ({"mode": "streams"}, {}, "mode must be one of 'memory', 'stream'"),
+    ],
+)
+def test_what_cannot_stream_is_told_before_the_start(
+    start, tmp_path, teacher_folder, options, overrides, message
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(
+            "out",
+            small_spec(),
+            teacher_folder,
+            **{"mode": "stream", "max_memory": ROOM, "overrides": overrides} | options,
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
+
+
+def test_a_model_in_memory_is_no_teacher_of_a_stream(start) -> None:
+    with pytest.raises(UserError, match="mode stream takes one by its folder or name"):
+        start("out", small_spec(), byte_teacher(), mode="stream", max_memory=ROOM, tokenizer=tokenizer())
+
+
+def test_a_full_disk_is_told_before_the_start(start, tmp_path, teacher_folder, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = r"has 0\.1 MiB free, and [\d.]+ MiB are needed: [\d.]+ MiB for hidden states and checkpoints"
+    with pytest.raises(UserError, match=message):
+        start("out", small_spec(), teacher_folder, mode="stream", max_memory=ROOM)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "text.txt"}
+
+
+def test_a_run_goes_on_in_the_mode_that_it_was_started_in(start, tmp_path, teacher_folder, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(run):
+        run._save()
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream_run.StreamRun, "_after_step", kill)
+        with pytest.raises(Killed):
+            start("out", small_spec(), teacher_folder, mode="stream", max_memory=ROOM)
+    with pytest.raises(UserError, match="was started with mode = stream, now it is None"):
+        start("out", small_spec(), teacher_folder, resume=True)
