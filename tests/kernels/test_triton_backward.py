@@ -33,10 +33,9 @@ def twins_before(name, decay, delta, shape):
     return twins
 
 
-def compare(twins, name, expected):
-    """The Triton pass without the scores that it forms itself, against `expected`."""
+def compare(twins, name):
     tolerance = 1e-5 if twins.dtype == torch.float32 else 4e-3
-    actual = twins.triton_pass(name, () if twins.decay == "channel" else ("A_qk", "A_kk"))
+    expected, actual = twins.expected(name), twins.found(name)
     for key, x in actual.items():
         if key in ("dA_qk", "dA_kk") and twins.decay != "channel":
             assert x is None, f"{key} is used up in {name}"
@@ -45,19 +44,11 @@ def compare(twins, name, expected):
             assert_close(x[select], expected[key][select], tolerance, f"{name}: {key}")
 
 
-def with_scores_backward(twins, found):
-    """What a pass found, and what the scores' backward pass adds to it, where Triton does both in one kernel."""
-    if twins.decay == "channel":
-        return found
-    twins.values |= found
-    return found | twins.torch_pass("chunk_scores_backward")
-
-
 @EVERY_SHAPE
 @EVERY_DECAY
 def test_chunk_output_backward(decay, shape):
     twins = twins_before("chunk_output_backward", decay, False, shape)
-    compare(twins, "chunk_output_backward", twins.torch_pass("chunk_output_backward"))
+    compare(twins, "chunk_output_backward")
 
 
 @EVERY_SHAPE
@@ -65,7 +56,7 @@ def test_chunk_output_backward(decay, shape):
 @UPDATES
 def test_chunk_states_backward(decay, delta, shape):
     twins = twins_before("chunk_states_backward", decay, delta, shape)
-    compare(twins, "chunk_states_backward", twins.torch_pass("chunk_states_backward"))
+    compare(twins, "chunk_states_backward")
 
 
 @EVERY_SHAPE
@@ -73,19 +64,14 @@ def test_chunk_states_backward(decay, delta, shape):
 @UPDATES
 def test_chunk_gradients(decay, delta, shape):
     twins = twins_before("chunk_gradients", decay, delta, shape)
-    expected = with_scores_backward(twins, twins.torch_pass("chunk_gradients"))
-    compare(twins, "chunk_gradients", expected)
+    compare(twins, "chunk_gradients")
 
 
 @EVERY_SHAPE
 @EVERY_DECAY
 def test_delta_transform_backward(decay, shape):
     twins = twins_before("delta_transform_backward", decay, True, shape)
-    before = dict(twins.values)
-    twins.values["dA_qk"] = torch.zeros_like(twins.values["dA_qk"])
-    expected = with_scores_backward(twins, twins.torch_pass("delta_transform_backward"))
-    twins.values = before
-    compare(twins, "delta_transform_backward", expected)
+    compare(twins, "delta_transform_backward")
 
 
 # ---- the whole op ----

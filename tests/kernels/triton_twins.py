@@ -168,6 +168,25 @@ class Twins:
                 self.advance(before)
                 self.values["state"] = state  # the initial one, as the recomputing backward pass finds it
 
+    def found(self, name: str) -> dict[str, Tensor]:
+        """What the Triton pass returns and writes, without the scores that it forms itself."""
+        scores = () if self.decay == "channel" else ("A_qk", "A_kk") if name.endswith("_backward") else ("A_qk",)
+        found = self.triton_pass(name, scores)
+        if name == "chunk_scores" and self.delta:  # without decay, what the value heads of a group share
+            found["A_kk"] = found["A_kk"].repeat_interleave(self.heads // found["A_kk"].shape[2], dim=2)
+        return found
+
+    def expected(self, name: str) -> dict[str, Tensor]:
+        """The same of the torch pass, and what the scores' backward pass adds to it where Triton does both in one."""
+        found = self.torch_pass(name)
+        if self.decay != "channel" and name in ("chunk_gradients", "delta_transform_backward"):
+            before, self.values = self.values, self.values | found
+            if name == "delta_transform_backward":  # which has only the part of A_kk
+                self.values["dA_qk"] = torch.zeros_like(before["dA_qk"])
+            found |= self.torch_pass("chunk_scores_backward")
+            self.values = before
+        return found
+
     def compare(self, name: str, tolerance: float, absent: tuple[str, ...] = (), **replaced: Tensor) -> None:
         """The Triton pass against the torch pass, in all that both return and write."""
         expected = self.torch_pass(name)

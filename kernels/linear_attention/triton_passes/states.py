@@ -18,8 +18,11 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 )
 from lm_zoo.kernels.triton_kernel import kernel
 
-TABLE["chunk_states_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 2)}
-TABLE["chunk_states_kernel", "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
+# Launch.block: columns of the state that a program carries, with all their K rows.
+for key in ("chunk_states_kernel", "chunk_states_kernel, per channel"):
+    TABLE[key, "large"] = {64: Launch(64, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
+    TABLE[key, "hopper"] = {64: Launch(64, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 2)}
+    TABLE[key, "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
 
 
 def chunk_states(
@@ -30,11 +33,12 @@ def chunk_states(
     HV, V = u.shape[2:]
     states = k.new_empty(segment.chunks, HV, K, V)
     v_new = u if w is None else torch.empty_like(u)
-    entry = launch("chunk_states_kernel", k, K)
+    per_channel = G is not None and G.dim() == 4
+    entry = launch("chunk_states_kernel" + ", per channel" * per_channel, k, K)
     block = min(entry.block, padded(V))
     chunk_states_kernel[segment.sequences, HV, blocks(V, block)](
         k, u, w, G, state, states, v_new, segment.bounds, segment.first_chunk, segment.length, H, HV,
-        K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PER_CHANNEL=G is not None and G.dim() == 4,
+        K=K, V=V, BLOCK_K=padded(K), BLOCK_V=block, PER_CHANNEL=per_channel,
         num_warps=entry.warps, num_stages=entry.stages,
     )  # fmt: skip
     return states, v_new
