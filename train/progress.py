@@ -80,4 +80,13 @@ class StepProgress(ProgressBar):
         latest = self._metrics.latest
         if "train_loss" not in latest:
             return ""
-        return f"loss {latest['train_loss']:.3f}  {latest['tokens_per_second']:,.0f} tokens/s"
+        numbers = [
+            f"loss {latest['train_loss']:.3f}",
+            f"{latest['train_bits_per_byte']:.3f} bits/byte",
+            f"{latest['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "flops_utilisation" in latest:
+            numbers.append(f"{latest['flops_utilisation']:.0%} of peak")
+        if latest["skipped_steps"]:
+            numbers.append(f"{latest['skipped_steps']} skipped")
+        return "  ".join(numbers)

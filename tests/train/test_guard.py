@@ -100,3 +100,12 @@ def test_nearly_equal_losses_make_no_spikes() -> None:
 def test_impossible_options_are_refused(start_run, option, message) -> None:
     with pytest.raises(UserError, match=f"model.{option}=0 .*{message}"):
         start_run("run", max_steps=1, model={option: 0})
+
+
+def test_skipped_steps_are_shown(start_run, capsys) -> None:
+    start_run("run", max_steps=3, callbacks=[Poison({1})], enable_progress_bar=True)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert ["skipped" in line for line in lines] == [False, True, True]
+    assert lines[-1].endswith("1 skipped")
+    assert "bits/byte" in lines[0]
+    assert "of peak" in lines[0]
