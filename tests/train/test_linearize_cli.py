@@ -65,12 +65,44 @@ def test_a_dry_run_only_estimates(capsys) -> None:
     assert sorted(Path().rglob("*")) == before
 
 
+STREAM = ["--mode", "stream", "--max-memory", "64GiB"]
+
+
+def test_a_stream(capsys) -> None:
+    split_weights(missing=False)
+    assert main(["linearize", "teacher", "--text", "text.txt", *FEW, *STREAM]) == 0
+    assert capsys.readouterr().out.endswith("the student and its report are in out\n")
+    assert json.loads(Path("out/model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_a_dry_run_of_a_stream_names_memory_and_disk(capsys) -> None:
+    assert main(["linearize", "teacher", "--dry-run", "--tflops", "100", *STREAM]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = {line.split(":")[0] for line in lines}
+    assert names >= {"memory for measuring", "memory for transfer", "memory for recover", "peak memory", "disk"}
+    assert next(line for line in lines if line.startswith("peak")).endswith("--max-memory allows 64.0 GiB")
+    # 20M + 2 * 131,072 tokens, and two groups of 4 * 64, of 32 floats
+    hidden = (20_000_000 + 2 * 131_072 + 2 * 4 * 64) * 32 * 4
+    disk = next(line for line in lines if line.startswith("disk"))
+    assert f"{hidden / 2**30:.1f} GiB beside it for hidden states" in disk
+    assert any(line.startswith("read from the disk: ") for line in lines)
+
+
 def test_help(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["linearize", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--preset", "--keep-layers", "--window", "--mixer", "--feature-map", "--recover-lr", "--resume"):
+    for option in (
+        "--preset",
+        "--keep-layers",
+        "--window",
+        "--mixer",
+        "--feature-map",
+        "--recover-lr",
+        "--resume",
+        "--max-memory",
+    ):
         assert option in shown
 
 
@@ -84,12 +116,14 @@ def make_bert() -> None:
     BertLMHeadModel(BertConfig(**sizes, intermediate_size=16, is_decoder=True)).save_pretrained("teacher")
 
 
-def split_weights() -> None:
+def split_weights(missing: bool = True) -> None:
     """In two shards, of which one is missing."""
     weights = load_file("teacher/model.safetensors")
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-    del weights["lm_head.weight"]
+    head = {"lm_head.weight": weights.pop("lm_head.weight")}
     save_file(weights, f"teacher/{first}")
+    if not missing:
+        save_file(head, f"teacher/{second}")
     names = dict.fromkeys(weights, first) | {"lm_head.weight": second}
     Path("teacher/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     Path("teacher/model.safetensors").unlink()
@@ -138,6 +172,32 @@ BAD = {
         lambda: [Path("teacher", name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
         ["teacher", *FEW, "--text", "text.txt"],
         "has no tokenizer",
+    ),
+    "memory without a stream": (
+        None,
+        ["teacher", *FEW, "--text", "text.txt", "--max-memory", "8GiB"],
+        "max_memory is a bound for mode stream",
+    ),
+    "a stream without memory": (None, ["teacher", *FEW, "--text", "text.txt", "--mode", "stream"], "give --max-memory"),
+    "no size": (
+        None,
+        ["teacher", *FEW, "--text", "text.txt", "--mode", "stream", "--max-memory", "8"],
+        "'8' is no amount of memory; write it as 8GiB",
+    ),
+    "too little memory": (
+        None,
+        ["teacher", *FEW, "--text", "text.txt", "--mode", "stream", "--max-memory", "1.5MB"],
+        "--max-memory 1.4 MiB is too little",
+    ),
+    "a stream's missing shard": (
+        split_weights,
+        ["teacher", *FEW, "--text", "text.txt", *STREAM],
+        "model-00002-of-00002.safetensors is missing",
+    ),
+    "a stream of everything": (
+        None,
+        ["teacher", *FEW, "--text", "text.txt", *STREAM, "--preset", "hedgehog", "--window", "4"],
+        "set recover.parameters=lora",
     ),
     "not finite": (
         None,
