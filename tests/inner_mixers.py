@@ -26,6 +26,7 @@ MIXERS = {
     "mamba2": ("mamba2", {}),
     "mamba2-negative": ("mamba2", {"allow_negative_eigenvalues": True, "silu": True}),
     "deltanet": ("deltanet", {"use_gate": True}),
+    "deltaproduct": ("deltaproduct", {"gated": True}),
     "kda": ("kda", {}),
     "gla": ("gla", {"gate_rank": 3}),
     "retnet": ("retnet", {}),

@@ -71,6 +71,19 @@ def gated_deltanet(layer, q, k, v, x):
     return silu_gated(layer, delta(layer, q, k, v, x, decay[..., None]), x)
 
 
+def deltaproduct(layer, q, k, v, x):
+    """Each token as n, the first of which forgets, the last of which is read."""
+    n = layer.num_householders
+    q, *rest = convolved(layer.conv, q, *[k] * n, *[v] * n)
+    keys, values = unit(torch.stack(rest[:n], dim=2)), torch.stack(rest[n:], dim=2)
+    beta = 2 * torch.sigmoid(layer.beta_proj(x)).unflatten(-1, (n, -1))
+    decay = torch.ones_like(beta)
+    decay[:, :, 0] = (-softplus_rate(layer.log_decay, layer.decay_proj(x))[0]).exp()
+    every = unit(q)[:, :, None].expand_as(keys)
+    steps = (y.flatten(1, 2) for y in (every, keys, values, decay[..., None], beta))
+    return silu_gated(layer, recurrence(*steps)[:, n - 1 :: n] * q.shape[-1] ** -0.5, x)
+
+
 def kda(layer, q, k, v, x):
     q, k, v = convolved(layer.conv, q, k, v)
     decay = (-softplus_rate(layer.log_decay, per_head(layer.decay_proj, x, k))[0]).exp()
@@ -126,6 +139,7 @@ def lightnet(layer, q, k, v, x):
 EQUATIONS = {
     "DeltaNet": deltanet,
     "GatedDeltaNet": gated_deltanet,
+    "DeltaProduct": deltaproduct,
     "KimiDeltaAttention": kda,
     "Mamba2": mamba2,
     "GatedLinearAttention": gla,

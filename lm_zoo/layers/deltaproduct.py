@@ -1,19 +1,22 @@
 """DeltaProduct: several steps of the delta rule per token, so that a token may turn the state, not only reflect it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_zoo.kernels import l2_norm
-from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
+from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size, head_size
 from lm_zoo.layers.deltanet import write_strength
+from lm_zoo.layers.qkv import QKVMixer
 from lm_zoo.modules.decay import SoftplusDecay
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
 
 
-class DeltaProduct(Mixer):
+class DeltaProduct(QKVMixer):
     r"""DeltaProduct (Siems et al. 2025, arXiv 2502.10297).
 
         S_{t,j} = (I - b_tj k_tj k_tj^T) S_{t,j-1} + b_tj k_tj v_tj^T,  j = 1 .. n      S_{t,0} = a_t S_{t-1,n}
@@ -96,9 +99,23 @@ class DeltaProduct(Mixer):
 
     def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         check_input(x, self.hidden_size, state, cu_seqlens)
+        return self.o_proj(self._mix(self.q_proj(x), self.k_proj(x), self.v_proj(x), x, state, cu_seqlens))
+
+    @classmethod
+    def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
+        expand = num_heads * head_size / hidden_size
+        return {"num_heads": num_heads, "expand_k": expand, "expand_v": expand}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """As in `QKVMixer`: the steps share a token's key and value, and each has its own convolution of them."""
+        k, v = (y.repeat(1, 1, self.num_householders) for y in (k, v))
+        return self._mix(q, k, v, x, state, cu_seqlens)
+
+    def _mix(self, q, k, v, x, state, cu_seqlens) -> Tensor:
         n, heads = self.num_householders, self.num_heads
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        q, k, v = self.conv(qkv, state, cu_seqlens).split(self.conv_sizes, dim=-1)
+        q, k, v = self.conv(torch.cat([q, k, v], dim=-1), state, cu_seqlens).split(self.conv_sizes, dim=-1)
         # Each token becomes n along time: it is read with q in the last of them, and forgets in the first.
         k, v = (u.unflatten(-1, (n, heads, -1)).flatten(1, 2) for u in (k, v))
         q = l2_norm(q.unflatten(-1, (heads, -1)))
@@ -112,4 +129,4 @@ class DeltaProduct(Mixer):
         borders = None if cu_seqlens is None else n * cu_seqlens
         o = recur(q, l2_norm(k), v, log_decay, beta, micro_steps=n, state=state, cu_seqlens=borders)[:, n - 1 :: n]
         gate = self.gate_proj(x).unflatten(-1, (heads, -1)) if self.gated else None
-        return self.o_proj(self.norm(o, gate).flatten(2))
+        return self.norm(o, gate).flatten(2)

@@ -102,7 +102,7 @@ class RegisteredMixer(InnerMixer):
 
 
 def pass_through(layer: QKVMixer, silu: bool) -> None:
-    """Hand each token on as it is, open the output gate alike for all of them, and let Mamba-2's D x add nothing yet."""
+    """Hand each token on as it is, open the output gate alike for all of them, and add nothing to the state's part."""
     for module in layer.modules():
         if isinstance(module, ShortConvolution):
             module.silu = silu
@@ -115,7 +115,7 @@ def pass_through(layer: QKVMixer, silu: bool) -> None:
         last = gate[-1] if isinstance(gate, nn.Sequential) else gate
         last.bias = nn.Parameter(torch.ones_like(last.weight[:, 0]))
         nn.init.zeros_(last.weight)
-    if hasattr(layer, "D"):  # beside it the state's part would be small, and the norm follows both
+    if hasattr(layer, "D"):  # of Mamba-2: at D = 1 the state's part would drown before the norm
         nn.init.zeros_(layer.D)
 
 
