@@ -9,7 +9,7 @@ import pytest
 import torch
 from plain_mixer import PlainAttention, plain_mixer
 from safetensors.torch import load_file, save_file
-from tiny_teachers import LAYERS, TEACHERS, VOCAB, new_teacher, teacher, teacher_config
+from tiny_teachers import TEACHERS, VOCAB, new_teacher, teacher, teacher_config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lm_zoo import LinearizedConfig, LinearizedForCausalLM
@@ -100,8 +100,8 @@ assert len(model.generate(torch.arange(1, 13)[None], max_new_tokens=3)[0]) == 15
 
 
 def test_trust_remote_code_where_lm_zoo_is_only_installed(tmp_path):
-    # In a process of its own, which knows no mixer of the tests: all layers keep their softmax.
-    model = LinearizedForCausalLM.from_teacher(new_teacher("llama"), "hybrid", {}, keep_layers=range(LAYERS))
+    # In a process of its own, which knows no mixer of the tests.
+    model = LinearizedForCausalLM.from_teacher(new_teacher("llama"), "gated_deltanet", {"conv_size": 2}, [1])
     model.save_pretrained(tmp_path / "out")
     folder = tmp_path / "out"
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
