@@ -160,6 +160,7 @@ class StreamRun(Run):
             loop.load_state_dict(state)
         loop.run(self._after_step)
         mixer.requires_grad_(False)
+        mixer.zero_grad()  # or gradients of all layers would add up
         result = {name: getattr(loop, name) for name in ("history", "tokens", "seconds", "steps")}
         snapshots.finish(layer, result)
 
