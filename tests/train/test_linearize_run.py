@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from compare import assert_close
-from linearize_fixtures import byte_teacher, small_spec, stage, tokenizer, write_text
+from linearize_fixtures import byte_teacher, small_spec, small_student, stage, tokenizer, write_text
 from tiny_teachers import TEACHERS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +15,7 @@ from lm_zoo.linearized import LinearizedForCausalLM
 from lm_zoo.train.checkpoints import Interrupted
 from lm_zoo.train.linearize import controls, linearize
 from lm_zoo.train.linearize.data import TextOptions
+from lm_zoo.train.linearize.estimate import trained_parameters
 from lm_zoo.train.linearize.report import summary
 from lm_zoo.train.linearize.run import Run
 from lm_zoo.train.linearize.work import work_path
@@ -88,6 +89,9 @@ def test_layers_replaced_in_steps_are_reported_step_by_step(start, tmp_path) -> 
     assert report["gap_closed"] is None
     assert list(report["stages"]) == ["transfer", "replace_1", "replace_2", "recover"]
     assert [report["stages"][name]["steps"] for name in ("replace_1", "replace_2", "recover")] == [4, 4, 4]
+    for name, part in report["stages"].items():  # as the estimate has it
+        options = spec.transfer if name == "transfer" else spec.recover
+        assert part["trained_parameters"] == trained_parameters(small_student({}, mixer="gated_deltanet"), options)
     page = (tmp_path / "out" / "report.html").read_text()
     assert f'after replacement step 2</td><td class="number">{report["perplexity"]["replace_2"]:.3f}' in page
     assert any("after replacement step 1" in line for line in summary(report))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from linearize_fixtures import STORIES
 
+from lm_zoo.linearized.window import WINDOWS
 from lm_zoo.train.linearize import linearize
 from lm_zoo.train.linearize.data import TextOptions
 
@@ -29,8 +30,10 @@ def report_of(stories: Path, tmp_path: Path, preset: str, overrides: dict | None
     return report
 
 
-def test_lolcats_closes_most_of_the_gap(stories, tmp_path) -> None:
-    assert report_of(stories, tmp_path, "lolcats", {"options.window": 16})["gap_closed"] >= 0.6
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_lolcats_closes_most_of_the_gap(stories, tmp_path, kind) -> None:
+    window = {"options.window": 16, "options.window_kind": kind}
+    assert report_of(stories, tmp_path, "lolcats", window)["gap_closed"] >= 0.6
 
 
 def test_hedgehog_needs_no_window(stories, tmp_path) -> None:
@@ -39,6 +42,19 @@ def test_hedgehog_needs_no_window(stories, tmp_path) -> None:
         "teacher", "untrained", "transfer", "recover", "linear_part_ablated", "final",
     }  # fmt: skip
     assert report["times_the_teachers"] <= 2
+
+
+def test_gated_deltanet_needs_no_window(stories, tmp_path) -> None:
+    report = report_of(stories, tmp_path, "gated_deltanet")
+    assert report["kept_layers"] == []
+    assert "window_only" not in report["perplexity"]
+    assert report["times_the_teachers"] <= 1.5
+
+
+def test_mamba_in_llama_keeps_one_layer_of_four(stories, tmp_path) -> None:
+    report = report_of(stories, tmp_path, "mamba_in_llama")
+    assert report["kept_layers"] == [3]
+    assert report["times_the_teachers"] <= 1.25
 
 
 def test_liger_is_close_to_the_teacher(stories, tmp_path) -> None:
