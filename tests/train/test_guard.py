@@ -9,8 +9,10 @@ from lightning.pytorch.callbacks import Callback
 
 from lm_zoo.errors import UserError
 from lm_zoo.train import Checkpoints
+from lm_zoo.train.gradients import scale_gradients
 from lm_zoo.train.guard import MEMORY, StepGuard
 from lm_zoo.train.metrics import read_metrics
+from lm_zoo.train.optimizer import AdamWMuon
 
 
 class Poison(Callback):
@@ -109,3 +111,18 @@ def test_skipped_steps_are_shown(start_run, capsys) -> None:
     assert lines[-1].endswith("1 skipped")
     assert "bits/byte" in lines[0]
     assert "of peak" in lines[0]
+
+
+def test_nothing_of_a_step_waits_for_the_device() -> None:
+    """On the meta device, where there are no values, whatever asks for one raises an error."""
+    parameters = [torch.nn.Parameter(torch.zeros(4, 4, device="meta")) for _ in range(2)]
+    optimizer = AdamWMuon([{"params": parameters, "muon": True}], lr=0.1)  # AdamW is torch's fused one
+    guard = StepGuard(6.0, 10)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        norm = scale_gradients(parameters, weight=torch.ones((), device="meta"), clip_norm=1.0)
+        optimizer.skip = guard.judge(torch.zeros((), device="meta"), norm)
+        optimizer.step()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        guard.read(1)
