@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lm_zoo.kernels import causal_conv1d, linear_attention, linear_scan, selective_scan
 from lm_zoo.kernels.sequence_parallel import SequenceGroup, alone, sequence_parallel
+from lm_zoo.kernels.sequence_parallel.recurrences import linear_attention_segment
 from lm_zoo.kernels.sequence_parallel.volume import Messages, received
 from lm_zoo.layers.kv_state import softmax_attention
 
@@ -330,6 +331,60 @@ def volumes(group: SequenceGroup) -> dict[str, list[int]]:
     return found
 
 
+# ---- overlap ------------------------------------------------------------------------------------------------------
+
+
+class _Log(torch.autograd.Function):
+    """x itself; says when its gradient is there."""
+
+    @staticmethod
+    def forward(ctx, x, events):
+        ctx.events = events
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        ctx.events.append("computed")
+        return dx, None
+
+
+class _LoggedWork:
+    def __init__(self, work: dist.Work, events: list[str]):
+        self.work, self.events = work, events
+
+    def wait(self) -> None:
+        self.events.append("waited")
+        self.work.wait()
+
+
+def order(group: SequenceGroup) -> dict[str, list[str]]:
+    """When a gathered state is sent, the segment itself computed, and the other states waited for."""
+    found = {}
+    with sequence_parallel(group.group, "all_gather") as logged:
+        gather, events = logged.gather, []
+
+        def logging_gather(x: Tensor):
+            events.append("sent")
+            rows, work = gather(x)
+            return rows, _LoggedWork(work, events)
+
+        def logging_op(q: Tensor, *arguments, **options):
+            found = linear_attention(_Log.apply(q, events), *arguments, **options)
+            events.append("computed")
+            return found
+
+        logged.gather = logging_gather
+        q, k, v = (torch.rand(1, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+        states = {"initial_state": None, "output_final_state": False, "cu_seqlens": None}
+        arguments = (logged, q, k, v, -torch.ones(2).double(), None)
+        o, _ = linear_attention_segment(logging_op, *arguments, scale=1.0, backend="torch", **states)
+        found["forward"] = list(events)
+        events.clear()
+        o.sum().backward()
+        found["backward"] = list(events)
+    return found
+
+
 # ---- all of them --------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +425,7 @@ def main(folder: Path, rank: int, size: int, quick: bool) -> None:
                 found[f"{form}/{name}"] = attempt(case, group)
             found[f"{form}/refusals"] = attempt(refusals, group)
             found[f"{form}/volumes"] = attempt(volumes, group)
+            found["order"] = attempt(order, group)
     with sequence_parallel(two_dimensions()["sequence"], "ring") as group:
         found["mesh"] = attempt(compare_layer("gla", torch.float64, None, False), group)
     (folder / f"{rank}.json").write_text(json.dumps(found))

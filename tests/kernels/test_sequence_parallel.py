@@ -93,6 +93,12 @@ def test_bytes_are_as_predicted(ranks, size, form):
             assert measured == predicted > 0, kind
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_segment_is_computed_while_states_travel(ranks, size):
+    for found in ranks(size):
+        assert found["order"] == {way: ["sent", "computed", "waited"] for way in ("forward", "backward")}
+
+
 @pytest.mark.parametrize("form", sequence_cases.FORMS)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_rank_says_what_is_wrong(ranks, size, form):
