@@ -92,6 +92,19 @@ def test_it_is_what_comes_out_in_memory(start, tmp_path, family) -> None:
     assert {name for name in files[0] if "safetensors" not in name} == files[1] - {"model.safetensors"}
 
 
+def test_registered_mixers_are_replaced_step_by_step(start, tmp_path) -> None:
+    """Random first weights, matched norms, and mixers that go on learning beside the adapters."""
+    save_teacher(tmp_path / "teacher")
+    recover = stage(4, kl=1.0, train_mixers=True, replacement_steps=2)
+    spec = small_spec(transfer=2, recover=recover, mixer="gated_deltanet", options={}, match_norms=True)
+    memory, expected = start("memory", spec)
+    _, report = start("stream", spec, mode="stream", max_memory=ROOM)
+    assert_same_report(report, expected, 1e-3)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stream").state_dict()
+    for name, weight in memory.state_dict().items():
+        assert_close(loaded[name], weight, 1e-3)
+
+
 def in_float64(teacher: Path, monkeypatch) -> torch.nn.Module:
     monkeypatch.setattr(stream_run, "streamed_teacher", partial(streamed_teacher, dtype=torch.float64))
     return AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)

@@ -166,17 +166,16 @@ class StreamedStudent(LinearizedForCausalLM):
             raise TypeError(f"a streamed student is saved in one way, without {', '.join(options)}")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        names = {id(parameter): name for name, parameter in self.named_parameters()}  # a tied one has its first name
-        shards: dict[int | str, dict[str, Source]] = {}
         blocks = {id(m): layer for layer, block in enumerate(self._blocks) for m in block.modules()}
-        for prefix, module in self.named_modules():
-            shard = shards.setdefault(blocks.get(id(module), "else"), {})
-            for attribute, parameter in module._parameters.items():
-                name = f"{prefix}.{attribute}"
-                if parameter is not None and names[id(parameter)] == name:
-                    key = name.removeprefix("teacher.")
-                    read = functools.partial(self.read, key) if key in self._keys else parameter.detach
-                    shard[name] = (tuple(parameter.shape), parameter.dtype, read)
+        shards: dict[int | str, dict[str, Source]] = {}
+        seen = set()  # a tied weight is saved under its first name
+        for name, value in self.state_dict(keep_vars=True).items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                key = name.removeprefix("teacher.")
+                read = functools.partial(self.read, key) if key in self._keys else value.detach
+                shard = blocks.get(id(self.get_submodule(name.rpartition(".")[0])), HEAD)
+                shards.setdefault(shard, {})[name] = (tuple(value.shape), value.dtype, read)
         save_shards(list(shards.values()), folder)
         save_without_weights(self, folder)
 

@@ -3,6 +3,9 @@
 The same steps on the same batches as in `transfer`, where all layers learn side by side: each learns from the teacher's
 own inputs, so the order does not matter. Which step had the best weights is known when the last layer has been scored;
 until then the weights of every scored step are kept on the disk.
+
+What is the same but for rounding is not so for a mixer that draws random numbers, as a dropout of windows does: there
+each layer draws its own, where in memory the layers draw in turn.
 """
 
 from __future__ import annotations
