@@ -1,6 +1,5 @@
 """A student decodes what its parallel form says, from a state that does not grow."""
 
-import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -101,7 +100,8 @@ def stories_teacher():
 @pytest.mark.parametrize("text", ["greedy", "sampled"])
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_2000_tokens_are_the_parallel_forms(kind, text) -> None:
-    found = bench.agreement(student(kind, stories_teacher()), text, 2000)
+    """In float64: of 2,000 tokens some have two likeliest ones that float32 cannot tell apart."""
+    found = bench.agreement(student(kind, stories_teacher()).double(), text, 2000)
     assert found.equal == 2000, found
 
 
@@ -109,15 +109,9 @@ def test_2000_tokens_are_the_parallel_forms(kind, text) -> None:
 @pytest.mark.skipif(not bench.LINUX_MEMORY.is_file(), reason="the system does not tell a process's memory")
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_memory_at_32k_is_that_at_1k(kind, tmp_path) -> None:
-    """Of the student. The teacher's process grows by its KV cache."""
     student(kind, stories_teacher()).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())["teacher_config"]
-    per_token = 8 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
-        grown = {
-            who: processes.submit(bench.growth, str(tmp_path), who, (1024, 32768)).result()[1]
-            for who in ("student", "teacher")
-        }
-    assert grown["student"] < 4 * 2**20
-    assert grown["teacher"] > 0.9 * (32768 - 1024) * per_token
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        grown = process.submit(bench.growth, str(tmp_path), "student", (1024, 32768)).result()
+    assert grown[0] == 0
+    assert grown[1] < 4 * 2**20
