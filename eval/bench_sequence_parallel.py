@@ -125,9 +125,9 @@ def draw(lines: dict[str, list[int]], path: Path) -> None:
             continue
         color, style = colors.get(layer, "black"), "--" if name.endswith(("ring", "gathered")) else "-"
         axes.plot(RANKS, [value / 2**20 for value in values], style, color=color, linewidth=1.5)
-        axes.annotate(
-            name, (RANKS[-1], values[-1] / 2**20), (6, 0), textcoords="offset points", va="center", color=color
-        )
+        place = {"ring attention": "bottom", "attention, gathered": "top", "Gated DeltaNet, ring": "bottom"}
+        end = RANKS[-1], values[-1] / 2**20
+        axes.annotate(name, end, (6, 0), textcoords="offset points", va=place.get(name, "center"), color=color)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(RANKS, [f"{n:,}" for n in RANKS])

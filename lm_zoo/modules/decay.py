@@ -86,6 +86,7 @@ def running_sign(negative: Tensor, state: LayerState | None, cu_seqlens: Tensor 
     return 1 - 2 * (flips % 2)
 
 
+@torch.compiler.disable
 def _sign_of_segment(
     flips: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, group: SequenceGroup
 ) -> Tensor:

@@ -65,6 +65,7 @@ def scan_texts(
     return y.view_as(u), last if output_final_state else None
 
 
+@torch.compiler.disable
 def _scan_segment(u, a, b, c, start, cu_seqlens, group: SequenceGroup, output_final_state: bool):
     """The same for a segment of u: its own y, and what the state that enters it adds."""
     segment = Segment(group, u.shape[1], cu_seqlens, u.device)

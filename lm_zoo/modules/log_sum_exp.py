@@ -42,6 +42,7 @@ def running_log_sum_exp(
     return before, z, torch.where((cu_seqlens.diff() == 0)[:, None], start, z[0, ends.clamp(min=0)])
 
 
+@torch.compiler.disable
 def _of_segment(x, start, cu_seqlens, group: SequenceGroup, output_final_state: bool):
     """The same for a segment of x, in two runs: for the sum that it adds, and from the sum of all segments before."""
     segment = Segment(group, x.shape[1], cu_seqlens, x.device)
