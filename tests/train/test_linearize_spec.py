@@ -114,6 +114,14 @@ def test_overrides_reach_every_level() -> None:
         spec.override({"transfer": None}).override({"transfer.batch": 1})
 
 
+def test_another_mixer_has_options_of_its_own() -> None:
+    spec = small_spec()
+    assert spec.override({"mixer": "gla"}).options == {}
+    assert spec.override({"options.window": 8, "mixer": "liger"}).options == {"window": 8}
+    assert spec.override({"mixer": "liger", "options": {"share": 0.25}}).options == {"share": 0.25}
+    assert spec.override({"mixer": spec.mixer, "options.beta": "complement"}).options["window"] == 4
+
+
 def test_steps_end_with_the_tokens_or_with_the_passes() -> None:
     stage = small_spec().override({"recover.accumulate": 2, "recover.tokens": 32 * 8 * 10}).recover
     assert stage.steps(rows=1000) == 10  # 8 rows of 32 tokens in a step

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close
-from linearize_fixtures import byte_teacher, load_data, small_spec, small_student, stage
+from linearize_fixtures import byte_teacher, load_data, small_spec, small_student
 from tiny_teachers import TEACHERS
 
 from lm_zoo.linearized import softmax
@@ -326,11 +326,6 @@ def test_norms_are_matched_per_head(batch, mixer) -> None:
         assert_close(output.square().sum(dim=(0, 1, 3)), expected.square().sum(dim=(0, 1, 3)), 1e-4)
 
 
-def test_norms_of_a_mixer_without_a_scale_cannot_be_matched(batch) -> None:
-    with pytest.raises(ValueError, match="match_norms: the mixer 'hybrid'"):
-        transfer.match_norms(small_student(), batch)
-
-
 def test_the_gap() -> None:
     assert controls.gap_closed(8.0, 4.0, 5.0) == 0.75
     assert controls.gap_closed(8.0, 4.0, 9.0) == -0.25
@@ -348,8 +343,18 @@ def test_bytes_of_the_state() -> None:
     assert (least - 1) * 192 <= sizes["bytes"] < least * 192
 
 
-def test_a_mixer_without_parameters_has_no_transfer() -> None:
-    with pytest.raises(ValueError, match="'liger' has no parameters"):
-        transfer.check_trainable(small_student({"window": 4}, mixer="liger"))
-    transfer.check_trainable(small_student())
-    assert small_spec(transfer=stage(1)).transfer.steps(100) == 1
+@pytest.mark.parametrize(
+    ("mixer", "changes", "message"),
+    [
+        ("liger", {}, "'liger' has no parameters"),
+        ("hybrid", {"match_norms": True}, "match_norms: the mixer 'hybrid' has no scale"),
+        ("gla", {"transfer.weights_cross_entropy": 1.0}, "the mixer 'gla' has no attention weights"),
+    ],
+)
+def test_what_a_mixer_cannot_do_is_named(mixer, changes, message) -> None:
+    transfer.check_mixers(small_student(), small_spec().override({"transfer.weights_cross_entropy": 1.0}))
+    spec = small_spec().override({"mixer": mixer, **changes})
+    with pytest.raises(ValueError, match=message):
+        transfer.check_mixers(small_student({}, mixer=mixer), spec)
+    transfer.check_mixers(small_student({}, mixer=mixer), spec.override({"transfer": None, "match_norms": False}))
+    transfer.check_mixers(small_student({}, mixer=mixer, keep=[0, 1, 2]), spec.override({"transfer": None}))

@@ -112,8 +112,7 @@ class Run:
             ).eval()
         self.device, self.dtype = self.student.device, self.student.dtype
         self._cast_mixers(torch.promote_types(self.dtype, torch.float32))  # 16 bits are too coarse to train in
-        if self.spec.transfer is not None:
-            transfer.check_trainable(self.student)
+        transfer.check_mixers(self.student, self.spec)
         self.options = data if isinstance(data, TextOptions) else TextOptions(files=_as_files(data))
         self.data: LinearizeData | None = None
         self.measured: dict[str, Any] = {"stages": {}}  # what the report will say

@@ -196,8 +196,13 @@ class LinearizeSpec:
         return dataclasses.asdict(self)
 
     def override(self, values: dict[str, Any]) -> LinearizeSpec:
-        """This spec with some values changed, by dotted names such as `transfer.learning_rate`."""
+        """This spec with some values changed, by dotted names such as `transfer.learning_rate`.
+
+        Another `mixer` has none of the options of the one before.
+        """
         spec = self
+        if values.get("mixer", self.mixer) != self.mixer:
+            values = {"options": {}, **values}
         for stage in self.stages:
             if f"{stage}.learning_rate" in values:
                 values = {f"{stage}.rate_width": None, **values}

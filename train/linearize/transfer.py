@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lm_zoo.errors import UserError
-from lm_zoo.linearized import LinearizedForCausalLM, RegisteredMixer
+from lm_zoo.linearized import HybridAttention, LinearizedForCausalLM, RegisteredMixer
 from lm_zoo.linearized.inner import Context
 from lm_zoo.linearized.interface import softmax
 from lm_zoo.train.linearize.data import Batch, PackedRows
-from lm_zoo.train.linearize.spec import Transfer
+from lm_zoo.train.linearize.spec import LinearizeSpec, Transfer
 from lm_zoo.train.linearize.weights import weights_cross_entropy
 
 MSE_FACTOR = 1000.0  # as published: heads' outputs are small
@@ -87,13 +87,10 @@ def mean_losses(
 @torch.no_grad()
 def match_norms(student: LinearizedForCausalLM, batch: Batch) -> None:
     """Scale each mixer so that the norm of each head's output is the teacher's on the batch, from the same inputs."""
-    mixer = student.config.mixer
 
     def match(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         target = softmax(module, q, k, v, context)
         if module.mixer is not None:
-            if not isinstance(module.mixer, RegisteredMixer):
-                raise UserError(f"match_norms: the mixer {mixer!r} has no scale that could be set; leave it out")
             output = module.mixer(q, k, v, context=context, state=None, cu_seqlens=context.cu_seqlens)
             norms = [y.float().square().sum(dim=(0, 1, 3)).sqrt() for y in (target, output)]
             module.mixer.match_norm(norms[0] / norms[1].clamp_min(TINY))
@@ -116,9 +113,20 @@ def by_layer(names: dict[str, nn.Parameter]) -> list[list[str]]:
     return list(groups.values())
 
 
-def check_trainable(student: LinearizedForCausalLM) -> None:
+def check_mixers(student: LinearizedForCausalLM, spec: LinearizeSpec) -> None:
+    """UserError where the mixers that were made cannot do what the spec wants of them before the recovery."""
+    mixers = [module.mixer for module in student.attention_layers if module.mixer is not None]
+    if spec.match_norms and not all(isinstance(mixer, RegisteredMixer) for mixer in mixers):
+        raise UserError(f"match_norms: the mixer {spec.mixer!r} has no scale that could be set; set it to false")
+    if spec.transfer is None:
+        return
     if not mixer_parameters(student):
         raise UserError(
-            f"the mixer {student.config.mixer!r} has no parameters that attention transfer could train; "
+            f"the mixer {spec.mixer!r} has no parameters that attention transfer could train; "
             "leave the stage out (transfer: null)"
+        )
+    if spec.transfer.weights_cross_entropy > 0 and not all(isinstance(mixer, HybridAttention) for mixer in mixers):
+        raise UserError(
+            f"transfer.weights_cross_entropy: the mixer {spec.mixer!r} has no attention weights to compare; "
+            "set it to 0, and transfer.loss to normalized_mse"
         )
