@@ -20,6 +20,7 @@ from lm_zoo.train.linearize.spec import LinearizeSpec, Recover, Stage
 from lm_zoo.train.linearize.teacher import load_config
 from lm_zoo.train.linearize.transfer import mixer_parameters
 
+RESERVE = 2**27  # bytes that Python and its libraries take beside all that is counted here
 ACHIEVED = 0.4  # of the speed of large matrix products, in training
 
 
@@ -55,7 +56,7 @@ def estimate(teacher: str | Path, spec: LinearizeSpec, tflops: float | None = No
     weights = count(student) * found.dtype.itemsize
     peak = {name: weights + stage_memory(student, stage, found.dtype) for name, stage in stages.items()}
     elsewhere = tflops is not None or torch.cuda.is_available()  # not in this process's memory
-    started = 0 if elsewhere else peak_memory(torch.device("cpu"))
+    started = 0 if elsewhere else peak_memory(torch.device("cpu")) + RESERVE
     return [
         *head_lines(found, tflops),
         f"memory for the weights: {size(weights)}",

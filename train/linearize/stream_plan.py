@@ -13,6 +13,7 @@ from lm_zoo.linearized import LinearizedForCausalLM
 from lm_zoo.modules.loss import CHUNK_ELEMENTS
 from lm_zoo.train.linearize.controls import ROWS, peak_memory, replaced_layers
 from lm_zoo.train.linearize.estimate import (
+    RESERVE,
     Estimate,
     checkpoint_bytes,
     count,
@@ -28,7 +29,6 @@ from lm_zoo.train.linearize.sizes import size
 from lm_zoo.train.linearize.spec import LinearizeSpec, Recover, Stage
 
 CONTINUATION = 24  # tokens of the report's continuations: each takes all the weights from the disk
-RESERVE = 2**27  # what Python and its libraries take beside all that is counted here
 
 
 def check_streamable(spec: LinearizeSpec) -> None:
