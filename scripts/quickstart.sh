@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to two trained models, one table and one picture, in about six minutes on two cores.
+# From a fresh clone to two trained models and a linearized one, two tables and one picture, in minutes on two cores.
 #
 #   bash scripts/quickstart.sh      the first time it also sets up .venv
 set -euo pipefail
