@@ -153,7 +153,7 @@ class ZooModule(L.LightningModule):
         loss = total / targets
         bits_per_byte = loss / math.log(2) * self.trainer.datamodule.val_tokens_per_byte
         values = {"val_loss": loss, "val_bits_per_byte": bits_per_byte, "val_perplexity": loss.exp()}
-        self.log_dict(values, logger=False)
+        self.log_dict(values, logger=False, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.model, self.weight_decay, muon=self.muon)

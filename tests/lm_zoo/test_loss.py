@@ -164,12 +164,14 @@ def test_on_a_gpu_the_fused_kernels_take_over_where_they_are_installed(monkeypat
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_fused_kernels():
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_fused_kernels(z_loss):
     pytest.importorskip("liger_kernel")
     hidden, weight, labels = (x.detach().cuda() for x in make(torch.float32))
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    loss = linear_cross_entropy(*leaves, labels)
-    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels)
+    loss = linear_cross_entropy(*leaves, labels, z_loss=z_loss)
+    logits = hidden.double() @ weight.double().T
+    expected = F.cross_entropy(logits, labels) + z_loss * logits.logsumexp(-1)[labels != -100].square().mean()
     assert_close(loss, expected, 1e-5)
     for actual, correct in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
         assert_close(actual, correct, 1e-4)
