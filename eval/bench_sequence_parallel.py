@@ -106,7 +106,7 @@ def predicted() -> dict[str, list[int]]:
 def table(lines: dict[str, list[int]]) -> str:
     """For a page, in MiB."""
     shown = [2, 8, 64, 256, 1024]
-    rows = [["", *(f"{n:,} ranks" for n in shown)], ["---"] + ["---:"] * len(shown)]
+    rows = [["MiB", *(f"{n:,} ranks" for n in shown)], ["---"] + ["---:"] * len(shown)]
     rows += [[name, *(f"{values[RANKS.index(n)] / 2**20:,.1f}" for n in shown)] for name, values in lines.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -136,7 +136,7 @@ def draw(lines: dict[str, list[int]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
