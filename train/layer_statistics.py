@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class LayerStatistics(L.Callback):
         self._path = Path(folder) / "layers.csv"
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not math.isfinite(trainer.callback_metrics["val_loss"]):
             return
         tokens = torch.from_numpy(trainer.datamodule.val_rows[0][0])[None, :LONGEST].to(module.device)
         layers = layer_statistics(module.model, tokens)  # in every process: a sharded model needs them all

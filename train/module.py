@@ -128,23 +128,26 @@ class ZooModule(L.LightningModule):
 
         `configure_gradient_clipping` knows how many of the tokens of all batches were targets, and makes up for it.
         """
-        try:
-            total = self(batch) * batch["num_targets"]
-        except ValueError as error:
-            if "nan" not in str(error):
-                raise
-            # On a CPU, where looking is free, the ops refuse NaN. The step is then skipped, as it is on a GPU.
-            total = sum(parameter.sum() for parameter in self.model.parameters()) * math.nan
+        total = self._sum_of_losses(batch)
         self._loss_sum = self._loss_sum + total.detach()
         self._targets += batch["num_targets"]
         self._batch_tokens = batch["input_ids"].numel()
         return total / self._batch_tokens
 
+    def _sum_of_losses(self, batch: dict[str, Any]) -> Tensor:
+        try:
+            return self(batch) * batch["num_targets"]
+        except ValueError as error:
+            if "nan" not in str(error):
+                raise
+            # On a CPU, where looking is free, the ops refuse NaN. The loss is then NaN, as it is on a GPU.
+            return sum(parameter.sum() for parameter in self.model.parameters()) * math.nan
+
     def on_validation_epoch_start(self) -> None:
         self._val_loss, self._val_targets = torch.zeros((), device=self.device), 0
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._val_loss += self(batch).float() * batch["num_targets"]
+        self._val_loss += self._sum_of_losses(batch).float()
         self._val_targets += batch["num_targets"]
 
     def on_validation_epoch_end(self) -> None:

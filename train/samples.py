@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Samples(L.Callback):
         self._path = Path(folder) / "samples.txt"
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not math.isfinite(trainer.callback_metrics["val_loss"]):
             return
         first = trainer.datamodule.val_rows[0][0][:PROMPT_TOKENS]
         prompt = module.tokenizer.decode(first, skip_special_tokens=True)

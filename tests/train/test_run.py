@@ -134,7 +134,7 @@ def test_bf16_and_recomputation(start_run, tmp_path, respect_documents) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(start_run, tiny, mixer) -> None:
     model = {"config": {**tiny, "mixers": {mixer: {"num_heads": 1}}}, "learning_rate": 1e18, "warmup": 0}
     with pytest.raises(UserError, match=r"20 steps in a row were skipped by step 21\. Of .*, 20 had a loss"):
-        start_run("run", max_steps=50, model=model, gradient_clip_val=None)
+        start_run("run", max_steps=50, model=model, gradient_clip_val=None, data=VALIDATED, val_check_interval=5)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(start_run, tmp_path, tiny) -> None:
