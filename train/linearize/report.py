@@ -90,7 +90,8 @@ def _in_order(perplexities: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def _costs(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    for name, stage in report["stages"].items():
+    for key, stage in report["stages"].items():
+        name = key.replace("_", " ")
         yield f"{name}: trained parameters", f"{stage['trained_parameters']:,} of {report['parameters']:,}"
         yield f"{name}: tokens", f"{stage['tokens']:,} in {stage['steps']:,} steps (best: {stage['best_step']:,})"
         yield f"{name}: seconds", f"{stage['seconds']:,.1f}"
@@ -144,7 +145,7 @@ def _losses(report: dict[str, Any]) -> str:
         return ""
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     for number, (name, stage) in enumerate(stages.items(), start=1):
-        axes = figure.add_subplot(1, len(stages), number, xlabel="step", ylabel="loss", title=name)
+        axes = figure.add_subplot(1, len(stages), number, xlabel="step", ylabel="loss", title=name.replace("_", " "))
         for key, label in (("training", "training"), ("held_out", "held out")):
             points = [(entry["step"], entry[key]) for entry in stage["history"] if entry[key] is not None]
             axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3) if points else None
