@@ -330,22 +330,33 @@ def print_table(reports: list[Report]) -> None:
     Console(width=150).print(table)
 
 
+def write(path: Path, reports: list[Report], made_with: dict[str, str]) -> None:
+    """Into a file of the same versions and dtype if there is one: it keeps what was not compiled this time."""
+    rows = [asdict(r) for r in reports]
+    if path.exists():
+        before = json.loads(path.read_text())
+        if {name: before[name] for name in made_with} == made_with:
+            now = {(r.kernel, r.target, r.size) for r in reports}
+            rows += [r for r in before["kernels"] if (r["kernel"], r["target"], r["size"]) not in now]
+    rows.sort(key=lambda r: (r["kernel"], r["target"], r["size"]))
+    path.write_text(json.dumps(made_with | {"kernels": rows}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=list(SIZES), help="channels of a head")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--only", default="", help="kernels with this in their name")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--json", type=Path, help="also write the table to this file, beside what it has")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-    reports = compile_cases(arguments.targets, arguments.sizes, getattr(torch, arguments.dtype), arguments.only)
+    dtype = arguments.dtype
+    reports = compile_cases(arguments.targets, arguments.sizes, getattr(torch, dtype), arguments.only)
     reports.sort(key=lambda r: (r.kernel, r.target, r.size))
     print_table(reports)
     if arguments.json:
-        found = {"triton": triton.__version__, "torch": torch.__version__, "dtype": arguments.dtype}
-        text = json.dumps(found | {"kernels": [asdict(r) for r in reports]}, indent=1)
-        arguments.json.write_text(text + "\n")
+        write(arguments.json, reports, {"triton": triton.__version__, "torch": torch.__version__} | {"dtype": dtype})
     missed = [(r, bar) for r in reports for bar in r.missed()]
     for r, bar in missed:
         print(f"bar missed: {r.kernel} on {r.target} at {r.size}: {bar}", file=sys.stderr)

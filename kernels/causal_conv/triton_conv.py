@@ -13,6 +13,7 @@ from lm_zoo.kernels.causal_conv.triton_kernels import (
     state_backward_kernel,
     step_kernel,
 )
+from lm_zoo.kernels.library import op
 
 BLOCK_T, BLOCK_D = 16, 64
 BACKWARD_BLOCK_T = 4  # in larger tiles what is computed again of later tokens would spill registers
@@ -67,7 +68,7 @@ def _inputs(x, weight, bias, past, cu_seqlens, silu):
     return x, weight.contiguous(), bias, past, sequences, cu_seqlens, flags
 
 
-@torch.library.custom_op("lm_zoo::causal_conv1d", mutates_args=())
+@op("causal_conv1d")
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_zoo.kernels.first_call import compiles_at_once
+from lm_zoo.kernels.library import op
 from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH
 
 # What has the passes, by backend; imported when it is first used, as not every machine has a Triton.
@@ -44,7 +45,7 @@ def _split(segment, heads: int, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else segment.split(x, heads) for x in tensors]
 
 
-@torch.library.custom_op("lm_zoo::linear_attention", mutates_args=())
+@op("linear_attention")
 @compiles_at_once
 def chunkwise_forward(
     q: Tensor,

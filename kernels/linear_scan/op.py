@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lm_zoo.kernels.first_call import compiles_at_once
+from lm_zoo.kernels.library import op
 
 # What has the scans and the step, by backend; imported when it is first used, as not every machine has a Triton.
 SCANS = {"torch": "lm_zoo.kernels.linear_scan.two_level", "triton": "lm_zoo.kernels.linear_scan.triton_scan"}
@@ -18,7 +19,7 @@ def scans(backend: str) -> ModuleType:
     return importlib.import_module(SCANS[backend])
 
 
-@torch.library.custom_op("lm_zoo::linear_scan", mutates_args=())
+@op("linear_scan")
 @compiles_at_once
 def linear_scan(
     x: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, backend: str

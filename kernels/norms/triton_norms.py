@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_zoo.kernels.library import op
 from lm_zoo.kernels.triton_kernel import kernel
 
 BLOCK = 2048  # numbers in a tile: several rows if they are short
@@ -114,7 +115,7 @@ def _tiles(size: int) -> dict[str, int]:
     }
 
 
-@torch.library.custom_op("lm_zoo::norm", mutates_args=())
+@op("norm")
 def norm_forward(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, mean: bool) -> Tensor:
     """y; the square is divided by D if `mean`."""
     x, weight, gate = (tensor if tensor is None else tensor.contiguous() for tensor in (x, weight, gate))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lm_zoo.kernels.first_call import compiles_at_once
+from lm_zoo.kernels.library import op
 from lm_zoo.kernels.selective_scan.segmented import border_shape, initial_states
 
 # What has the passes, by backend; imported when it is first used, as not every machine has a Triton.
@@ -25,7 +26,7 @@ def why_not_triton(A: Tensor) -> str | None:
     return None if size <= MAX_STATE_SIZE else f"selective_scan takes up to N = {MAX_STATE_SIZE} states, A has {size}"
 
 
-@torch.library.custom_op("lm_zoo::selective_scan", mutates_args=())
+@op("selective_scan")
 @compiles_at_once
 def selective_scan_forward(
     x: Tensor,

@@ -332,3 +332,11 @@ def test_bad_steps_are_named():
     }.items():
         with pytest.raises((ValueError, TypeError), match=rf"^{name}\b"):
             linear_scan_step(*arguments)
+
+
+def test_a_second_derivative_is_refused():
+    inputs = [x.requires_grad_() for x in (torch.ones(1, 3, 2), torch.full((1, 3, 2), 0.5))]
+    h, _ = linear_scan(*inputs)
+    (dx, _) = torch.autograd.grad(h.square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
