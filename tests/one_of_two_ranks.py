@@ -33,7 +33,7 @@ class Gradients(L.Callback):
             self.steps.append(step)
 
 
-def gradients_of_run(folder: Path, text: Path, *, batch_size: int, **options) -> list[dict[str, Tensor]]:
+def gradients_of_run(folder: Path, text: Path, *, batch_size: int, callbacks=(), **options) -> list[dict[str, Tensor]]:
     """Of two steps of four rows with uneven numbers of targets, in float64."""
     L.seed_everything(0, verbose=False)
     collect = Gradients()
@@ -41,7 +41,7 @@ def gradients_of_run(folder: Path, text: Path, *, batch_size: int, **options) ->
     data = TextData(str(text), separator="\n", seq_len=16, batch_size=batch_size, val_fraction=0, cache_dir=cache)
     fit(
         ZooModule(config=CONFIG, warmup=0.0, z_loss=0.01), data, folder, max_steps=3, precision="64-true",
-        accelerator="cpu", callbacks=[collect], enable_progress_bar=False, log_every_n_steps=1, **options,
+        accelerator="cpu", callbacks=[*callbacks, collect], enable_progress_bar=False, log_every_n_steps=1, **options,
     )  # fmt: skip
     return collect.steps
 

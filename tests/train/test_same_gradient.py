@@ -1,10 +1,12 @@
 """The same tokens in any grouping give the same gradient: batches, accumulation, processes; and so with shards."""
 
+import copy
 import os
 import socket
 import subprocess
 import sys
 
+import lightning as L
 import one_of_two_ranks
 import pytest
 import torch
@@ -18,6 +20,25 @@ def check(steps, expected) -> None:
         assert step.keys() == right.keys()
         for name in right:
             assert_close(step[name], right[name], 1e-12)
+
+
+class BareStep(L.Callback):
+    """The gradients of the first batch by a bare loop: the mean loss over its targets, clipped."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if batch_idx == 0:
+            model = copy.deepcopy(module.model)
+            inputs = {name: batch[name] for name in ("input_ids", "labels", "cu_seqlens")}
+            model(**inputs, z_loss=module.z_loss).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            self.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_the_gradient_is_that_of_the_mean_over_targets(text_file, tmp_path) -> None:
+    bare = BareStep()
+    steps = gradients_of_run(tmp_path / "run", text_file, batch_size=4, callbacks=[bare])
+    for name, gradient in bare.gradients.items():
+        assert_close(steps[0][name], gradient, 1e-12)
 
 
 def test_batches_and_accumulation(text_file, tmp_path) -> None:
