@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from lm_zoo.kernels.checks import check_option
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 FORMS = ("all_gather", "ring")
-# By their names since torch 2.13, which warns of the older ones.
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# The names since torch 2.13, which warns of the older ones. (Not every build of torch has either.)
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 _active: SequenceGroup | None = None
 
@@ -86,6 +89,8 @@ class SequenceGroup:
     """
 
     def __init__(self, group: DeviceMesh | dist.ProcessGroup, form: str):
+        from torch.distributed.device_mesh import DeviceMesh  # not when lm_zoo is imported: it takes a while
+
         check_option("form", form, FORMS)
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
@@ -115,7 +120,7 @@ class SequenceGroup:
         if device.type != "cpu":
             return
         lengths = torch.empty(self.size, dtype=torch.int64)
-        ALL_GATHER(lengths, torch.tensor([length]), group=self.group)
+        getattr(dist, ALL_GATHER)(lengths, torch.tensor([length]), group=self.group)
         if (lengths != length).any():
             raise ValueError(
                 f"T must be the same on all ranks of sequence_parallel, got {lengths.tolist()}: pad the sequence to a "
@@ -126,7 +131,7 @@ class SequenceGroup:
         """x of every rank, `[n, ...]`, once the work is done."""
         message = _bytes(x)
         rows = message.new_empty(self.size * message.numel())
-        work = ALL_GATHER(rows, message, group=self.group, async_op=True)
+        work = getattr(dist, ALL_GATHER)(rows, message, group=self.group, async_op=True)
         self.received += (self.size - 1) * message.numel()
         return rows.view(x.dtype).view(self.size, *x.shape), work
 
@@ -162,7 +167,9 @@ class SequenceGroup:
     def sum_scattered(self, rows: Tensor) -> Tensor:
         """The sum over the ranks of what they have in row `rank` of `[n, ...]`."""
         out = torch.empty_like(rows[0], memory_format=torch.contiguous_format)
-        REDUCE_SCATTER(out.view(-1), rows.contiguous().view(-1), group=self.group)  # flat, as gloo wants them
+        getattr(dist, REDUCE_SCATTER)(
+            out.view(-1), rows.contiguous().view(-1), group=self.group
+        )  # flat, as gloo wants them
         self.received += out.nbytes * (self.size - 1)
         return out
 

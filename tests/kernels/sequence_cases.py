@@ -284,9 +284,24 @@ def refusals(group: SequenceGroup) -> dict[str, str]:
         "group": message_of(lambda: sequence_parallel("sequence").__enter__()),
         "mesh": message_of(lambda: sequence_parallel(two_dimensions()).__enter__()),
         "step": message_of(lambda: torch.no_grad()(layer)(torch.ones(1, 1, 32).double(), state=layer.init_state(1))),
+        "cache": message_of(lambda: padded_with_cache(group)),
+        "linearized": message_of(linearized),
         "reverse": message_of(lambda: linear_scan(one[None], one[None], reverse=True)),
         "bounds": message_of(lambda: linear_scan(one[None], one[None], cu_seqlens=torch.tensor([0, 1]))),
     }
+
+
+def padded_with_cache(group: SequenceGroup):
+    model, ids = small_models().make_model("gla"), torch.ones(1, 6, dtype=torch.int64)
+    model(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), past_key_values=model.init_cache(1))
+
+
+def linearized():
+    from tiny_teachers import new_teacher
+
+    from lm_zoo.linearized import LinearizedForCausalLM
+
+    LinearizedForCausalLM.from_teacher(new_teacher("llama"), "hybrid", {})(torch.ones(1, 6, dtype=torch.int64))
 
 
 def two_dimensions():

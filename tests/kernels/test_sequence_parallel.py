@@ -109,6 +109,8 @@ def test_every_rank_says_what_is_wrong(ranks, size, form):
         "group": "group must be a DeviceMesh or a ProcessGroup, got str",
         "mesh": "group must be one dimension of the mesh",
         "step": "linear_attention_step takes one token, which ranks cannot share",
+        "cache": "ranks cannot share a padded batch with a cache",
+        "linearized": "ranks cannot share the text of a linearized model",
         "reverse": "reverse=True is not shared over ranks",
         "bounds": f"cu_seqlens must end at T = {size}, got 1",
     }
