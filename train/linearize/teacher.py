@@ -65,9 +65,7 @@ def find_teacher(teacher: str | Path | PreTrainedModel, tokenizer: Tokenizer | N
     check_folder(folder)
     load_config(folder)
     if isinstance(AutoConfig.from_pretrained(folder), ZooConfig):
-        raise UserError(
-            f"{folder} is a transformer of the zoo, and no teacher for mode stream; leave the mode out"
-        )
+        raise UserError(f"{folder} is a transformer of the zoo, and no teacher for mode stream; leave the mode out")
     return folder, tokenizer or load_tokenizer(folder)
 
 
