@@ -1,4 +1,4 @@
-"""The command `lm-zoo`: train, linearize, evaluate, generate, list.
+"""The command `lm-zoo`: train, prepare data, linearize, evaluate, generate, list.
 
 Exit codes: 0 for success, 2 for bad input (one line on stderr, nothing written), 130 after Ctrl-C. Each subcommand
 imports what it needs when it runs.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +28,11 @@ def main(argv: list[str] | None = None) -> int:
 
             _quiet_transformers()
             run(argv[1:])
+        elif argv[:1] == ["data"]:  # its options are in train/data_cli
+            from lm_zoo.train.data_cli import add_arguments
+            from lm_zoo.train.data_cli import run as run_data
+
+            run_data(_data_parser(add_arguments).parse_args(argv[1:]))
         else:
             arguments = build_parser().parse_args(argv)
             _quiet_transformers()
@@ -59,6 +65,7 @@ def build_parser() -> Parser:
         "train", add_help=False, help="train a model from a YAML recipe: --config FILE [--any.option value]"
     )
 
+    commands.add_parser("data", add_help=False, help="tokenise text at size, for training: lm-zoo data prepare")
     commands.add_parser("linearize", add_help=False, help="turn a pretrained transformer into a linear-attention model")
 
     evaluate = commands.add_parser("eval", help="measure a model")
@@ -88,6 +95,13 @@ def build_parser() -> Parser:
     )
     mixers.add_argument("--markdown", action="store_true", help="the page docs/zoo.md, with equations and presets")
     mixers.set_defaults(command=_list)
+    return parser
+
+
+def _data_parser(add_arguments: Callable[[argparse.ArgumentParser], None]) -> Parser:
+    parser = Parser(prog="lm-zoo data", description="Text at size.")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    add_arguments(actions.add_parser("prepare", help="tokenise text into a folder that lm-zoo train reads"))
     return parser
 
 

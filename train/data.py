@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 from torch.utils.data import BatchSampler, DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lm_zoo.errors import UserError
-from lm_zoo.files import whole_folder
 from lm_zoo.train.corpus import Corpus, tokenise
 from lm_zoo.train.curriculum import Curriculum
+from lm_zoo.train.mixture import MixedOrder, MixedRows
 from lm_zoo.train.order import RowLoader, RowOrder
 from lm_zoo.train.packing import Rows, Selection, collate_documents, collate_rows, hold_out
-from lm_zoo.train.sources import ROWS_PER_BATCH, Source, Table, file_source, find_files
-from lm_zoo.train.tokenizers import SMALLEST_BPE, load_tokenizer, train_bpe
-
-BPE_SAMPLE_BYTES = 2**28  # a tokenizer that is trained sees at most the first 256 MB of the training text
+from lm_zoo.train.prepare import prepared_tokenizer, tokenizer_hash
+from lm_zoo.train.sources import Source, Table, file_source, find_files
+from lm_zoo.train.tokenizers import SMALLEST_BPE
+from lm_zoo.train.trained_tokenizer import text_tokenizer
 
 
 class TextData(L.LightningDataModule):
     """Text, tokenised once and packed into rows of `seq_len` tokens.
 
     Args:
-        files: Text, JSON-lines or parquet files to train on: paths, globs, or @FILE with one path per line.
+        files: Text, JSON-lines or parquet files to train on: paths, globs, URLs, or @FILE with one path per line.
         dataset: Instead of files: a `datasets` name or folder.
+        prepared: Instead of both: a folder that `lm-zoo data prepare` made, or a list of them, which are mixed.
+        weights: Of each prepared folder in the mixture; by default, they count by their size.
         config: Configuration of `dataset`, for example sample-10BT.
         split: Split of `dataset` to train on.
         text_column: Column that holds the text, for JSON lines, parquet and `dataset`.
@@ -40,7 +40,8 @@ class TextData(L.LightningDataModule):
         val_split: Split of `dataset` to validate on.
         val_fraction: Part of the training documents that is held out, chosen by a hash of the document (the end of the
             text if there are fewer than 100 documents). 0 trains without validation.
-        tokenizer: bytes, bpe (trained on the training text), or a Hugging Face tokenizer by name or folder.
+        tokenizer: bytes, bpe (trained on the training text), or a Hugging Face tokenizer by name or folder. By default
+            bytes, or the one that the text was prepared with.
         vocab_size: Size of the vocabulary that `bpe` learns.
         seq_len: Tokens per row.
         batch_size: Rows per batch and process.
@@ -53,7 +54,7 @@ class TextData(L.LightningDataModule):
         epochs: Passes over the data; 1 unless trainer.max_steps is given, which repeats the data as often as it takes.
         seed: Seed of the order of rows.
         cache_dir: Where tokenised text is kept. By default ~/.cache/lm_zoo.
-        num_proc: Processes that tokenise. By default one, whose tokenizer uses all cores.
+        num_proc: Processes that tokenise. By default one per core.
         num_workers: Processes that load batches. 0 suits memory-mapped rows; give a few for a fast GPU.
     """
 
@@ -61,6 +62,8 @@ class TextData(L.LightningDataModule):
         self,
         files: str | list[str] | None = None,
         dataset: str | None = None,
+        prepared: str | list[str] | None = None,
+        weights: list[float] | None = None,
         config: str | None = None,
         split: str = "train",
         text_column: str = "text",
@@ -70,7 +73,7 @@ class TextData(L.LightningDataModule):
         val_files: str | list[str] | None = None,
         val_split: str | None = None,
         val_fraction: float = 0.05,
-        tokenizer: str = "bytes",
+        tokenizer: str | None = None,
         vocab_size: int = 4096,
         seq_len: int = 256,
         batch_size: int = 16,
@@ -85,7 +88,9 @@ class TextData(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        _check_choices(files, dataset, val_files, val_split)
+        prepared = [prepared] if isinstance(prepared, str) else list(prepared or [])
+        _check_choices(files, dataset, prepared, val_files, val_split)
+        _check_weights(prepared, weights, curriculum_steps)
         _check_at_least(0, seed=seed, num_workers=num_workers)
         _check_at_least(1, max_tokens=max_tokens, batch_size=batch_size, num_proc=num_proc)
         _check_at_least(1, curriculum_steps=curriculum_steps)
@@ -104,7 +109,8 @@ class TextData(L.LightningDataModule):
             names = [names] if isinstance(names, str) else names
             return file_source(find_files(names), separator=separator or None, **options)
 
-        self.source = source(files, split)
+        self.source = None if prepared else source(files, split)
+        self.prepared, self.weights = [Path(folder) for folder in prepared], weights
         self.val_source = source(val_files, val_split) if val_files or val_split else None
         self.max_tokens, self.val_fraction = max_tokens, 0.0 if self.val_source else val_fraction
         self.tokenizer_name, self.vocab_size = tokenizer, vocab_size
@@ -130,18 +136,20 @@ class TextData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenises, once per machine; the other processes wait and then find the cache."""
         self.tokenizer = self._load_tokenizer()
-        self._tokenise(self.source)
+        if self.source is not None:
+            self._tokenise(self.source)
         if self.val_source is not None:
             self._tokenise(self.val_source)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_rows is None:
             self.tokenizer = self.tokenizer or self._load_tokenizer()
-            training, validation = hold_out(Corpus(self._tokenise(self.source)), self.val_fraction)
+            corpora = [Corpus(folder) for folder in self.prepared or [self._tokenise(self.source)]]
+            training, validation = zip(*(hold_out(corpus, self.val_fraction) for corpus in corpora), strict=True)
             if self.val_source is not None:
-                validation = Selection.all_of(Corpus(self._tokenise(self.val_source)))
-            self.train_rows = Rows(training, self.seq_len, self.max_tokens)
-            self.val_rows = Rows(validation, self.seq_len)
+                validation = [Selection.all_of(Corpus(self._tokenise(self.val_source)))]
+            self.train_rows = self._rows(training, self.max_tokens)
+            self.val_rows = self._rows(validation)
             self._check_rows()
         if stage == "fit":
             self._settle_length()
@@ -165,8 +173,11 @@ class TextData(L.LightningDataModule):
         return steps
 
     def train_dataloader(self) -> RowLoader:
-        options = {"seed": self.seed, "curriculum": self._curriculum(), **self._process}
-        order = RowOrder(len(self.train_rows), self.batch_size, **options)
+        options = {"seed": self.seed, **self._process}
+        if isinstance(self.train_rows, MixedRows):
+            order = MixedOrder(self.train_rows.lengths, self.batch_size, weights=self.weights, **options)
+        else:
+            order = RowOrder(len(self.train_rows), self.batch_size, curriculum=self._curriculum(), **options)
         num_batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         return RowLoader(self.train_rows, order, num_batches, **self._loader_options)
 
@@ -192,8 +203,10 @@ class TextData(L.LightningDataModule):
         """What the order of the data depends on: a resumed run must agree."""
         corpus = self.train_rows.selection
         return {
+            "tokenizer": tokenizer_hash(self.tokenizer)[:12],
             "rows of text": len(self.train_rows),
             "tokens of text": corpus.num_tokens,
+            "data.weights": self.weights,
             "data.seq_len": self.seq_len,
             "data.batch_size": self.batch_size,
             "data.seed": self.seed,
@@ -213,17 +226,20 @@ class TextData(L.LightningDataModule):
                 )
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer_name != "bpe":
-            return load_tokenizer(self.tokenizer_name)
-        identity = json.dumps([self.source.identity(), self.vocab_size, BPE_SAMPLE_BYTES])
-        folder = self.cache_dir / f"bpe-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
-        if not folder.is_dir():
-            with whole_folder(folder) as unfinished:
-                train_bpe(_sample(self.source), self.vocab_size).save_pretrained(unfinished)
-        return AutoTokenizer.from_pretrained(folder)
+        if self.prepared:
+            tokenizers = [prepared_tokenizer(folder, self.tokenizer_name) for folder in self.prepared]
+            for folder, tokenizer in zip(self.prepared, tokenizers, strict=True):
+                if tokenizer_hash(tokenizer) != tokenizer_hash(tokenizers[0]):
+                    raise UserError(f"{folder} and {self.prepared[0]} were prepared with different tokenizers")
+            return tokenizers[0]
+        return text_tokenizer(self.tokenizer_name or "bytes", self.source, self.vocab_size, self.cache_dir)
 
     def _tokenise(self, source: Source) -> Path:
         return tokenise(source, self.tokenizer, self.cache_dir, max_tokens=self.max_tokens, num_proc=self.num_proc)
+
+    def _rows(self, selections: Sequence[Selection], max_tokens: int | None = None) -> Rows | MixedRows:
+        rows = [Rows(selection, self.seq_len, max_tokens) for selection in selections]
+        return rows[0] if len(rows) == 1 else MixedRows(rows)
 
     def _check_rows(self) -> None:
         rows, needed = len(self.train_rows), self.batch_size * self._process["world_size"]
@@ -270,15 +286,25 @@ class TextData(L.LightningDataModule):
         }
 
 
-def _check_choices(files, dataset, val_files, val_split) -> None:
-    if not files and not dataset:
-        raise UserError("no training text: give --data.files FILE, or --data.dataset NAME")
-    if files and dataset:
-        raise UserError("data.files and data.dataset are both given; give one of them")
+def _check_choices(files, dataset, prepared, val_files, val_split) -> None:
+    given = [name for name, value in [("files", files), ("dataset", dataset), ("prepared", prepared)] if value]
+    if not given:
+        raise UserError("no training text: give --data.files FILE, --data.dataset NAME, or --data.prepared FOLDER")
+    if len(given) > 1:
+        raise UserError(f"data.{given[0]} and data.{given[1]} are both given; give one of them")
     if val_files and val_split:
         raise UserError("data.val_files and data.val_split are both given; give one of them")
     if val_split and not dataset:
         raise UserError("data.val_split needs data.dataset; give data.val_files to validate on files")
+
+
+def _check_weights(prepared, weights, curriculum_steps) -> None:
+    if weights is not None and len(weights) != len(prepared):
+        raise UserError(f"data.weights has {len(weights)} numbers for {len(prepared)} folders of data.prepared")
+    if weights is not None and not all(0 < weight < math.inf for weight in weights):
+        raise UserError(f"data.weights={weights} is not possible; give numbers above 0")
+    if len(prepared) > 1 and curriculum_steps is not None:
+        raise UserError("data.curriculum_steps orders one text, not a mixture of several; leave it out")
 
 
 def _check_curriculum(steps, first_seq_len, short_documents_first, seq_len, respect_documents) -> None:
@@ -294,14 +320,3 @@ def _check_at_least(low: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < low:
             raise UserError(f"data.{name}={value} is not possible; give at least {low}")
-
-
-def _sample(source: Source) -> Iterator[str]:
-    """The first texts of a source, BPE_SAMPLE_BYTES of them."""
-    left = BPE_SAMPLE_BYTES
-    for rows in source.rows().iter(ROWS_PER_BATCH):
-        for piece in source.pieces(rows):
-            yield piece.text
-            left -= len(piece.text)
-            if left <= 0:
-                return

@@ -1,27 +1,35 @@
 """Where text comes from: text files, or tables with a text column (JSON lines, parquet, any `datasets` name).
 
-A source is read as *pieces* of documents of about 4 kB, cut at the borders of lines, so that a text of any size is
-tokenised in little memory and by several processes.
+Files may lie in an object store: whatever URL fsspec understands will do. A source is read as *shards* of about 16 MB,
+which depend on the text alone, and a shard as *pieces* of documents of about 4 kB, cut at the borders of lines: so a
+text of any size is tokenised in little memory and by several processes, and always into the same tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
-import mmap
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import datasets
+import fsspec
 
-from lm_zoo.errors import UserError
+from lm_zoo.errors import UserError, one_line
 
 PIECE_BYTES = 2**12
+SHARD_BYTES = 2**24
+MOST_SHARDS = 4096  # of text files; larger ones have larger shards
+SEPARATOR_WINDOW = 2**20  # how far past its size a shard looks for the end of a document
 ROWS_PER_BATCH = 256  # that are tokenised at a time
 TABLES = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 # Where a document is cut into pieces: at a line or a word, where the usual tokenizers join nothing anyway.
 BORDERS = (re.compile(rb"(?<=\n)(?=\S)"), re.compile(rb"(?<=\S)(?= \S)"))
+
+File = Path | str  # a str is a URL
 
 
 @dataclass(frozen=True)
@@ -35,35 +43,46 @@ class Piece:
 class TextFiles:
     """UTF-8 files. A file is one document, or several where `separator` stands between them."""
 
-    files: tuple[Path, ...]
+    files: tuple[File, ...]
     separator: str | None = None
 
     def identity(self) -> list:
-        return ["text", self.separator, PIECE_BYTES, [_file_identity(file) for file in self.files]]
+        return ["text", self.separator, PIECE_BYTES, [file_identity(file) for file in self.files]]
 
-    def rows(self, scratch: Path | None = None) -> datasets.Dataset:
-        """One row per piece: where it lies. The text itself is read by the process that tokenises it."""
-        columns: dict[str, list] = {"file": [], "start": [], "end": [], "starts_document": [], "ends_document": []}
+    def shards(self) -> Iterator[dict[str, list]]:
+        """Where the text of each shard lies: whole files, and parts of a large one.
+
+        A part `continues` a document that the part before began, or `goes_on` in the next one.
+        """
+        size = max(SHARD_BYTES, sum(map(file_size, self.files)) // MOST_SHARDS)
+        names = ("file", "start", "end", "continues", "goes_on")
+        columns: dict[str, list] = {name: [] for name in names}
+        filled = 0
         for file in self.files:
-            for row in _file_pieces(file, self.separator):
-                for name, value in zip(columns, (str(file), *row), strict=True):
+            for part in _parts(file, self.separator, size):
+                for name, value in zip(names, (file, *part), strict=True):
                     columns[name].append(value)
-        if not columns["file"]:
-            raise UserError(f"{_and_more(self.files)}: no text in there; give a file that is not empty")
-        return datasets.Dataset.from_dict(columns)
+                filled += part[1] - part[0]
+                if filled >= size:
+                    yield columns
+                    columns, filled = {name: [] for name in names}, 0
+        if filled:
+            yield columns
 
     def pieces(self, rows: dict[str, list]) -> Iterator[Piece]:
-        for file, start, end, starts, ends in zip(*rows.values(), strict=True):
-            with open(file, "rb") as stream:
+        mark = None if self.separator is None else self.separator.encode()
+        for file, start, end, continues, goes_on in zip(*rows.values(), strict=True):
+            with open_file(file) as stream:
                 stream.seek(start)
                 raw = stream.read(end - start)
-            try:
-                yield Piece(raw.decode("utf-8"), starts, ends)
-            except UnicodeDecodeError as error:
-                where = start + error.start
-                raise UserError(
-                    f"{file}: byte {where} is not UTF-8; convert the file to UTF-8 or leave it out"
-                ) from error
+            for first, last in _documents(raw, mark, continues, goes_on):
+                starts, ends = first > 0 or not continues, last < len(raw) or not goes_on
+                for left, right in _cut(raw, first, last):
+                    text = _decoded(raw[left:right], file, start + left)
+                    yield Piece(text, starts and left == first, ends and right == last)
+
+    def what(self) -> str:
+        return _and_more(self.files)
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,7 @@ class Table:
     """Rows with a text column: each one is a document. Local files, or the name (or folder) of a `datasets` dataset."""
 
     name: str  # what `datasets.load_dataset` takes; "json" or "parquet" for local files
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
     config: str | None = None
     split: str = "train"
     text_column: str = "text"
@@ -81,53 +100,73 @@ class Table:
         folder = Path(self.name)
         files = self.files or (sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else ())
         options = [self.name, self.config, self.split, self.text_column, PIECE_BYTES]
-        return ["table", *options, [_file_identity(file) for file in files]]
+        return ["table", *options, [file_identity(file) for file in files]]
 
-    def rows(self, scratch: Path | None = None) -> datasets.Dataset | datasets.IterableDataset:
-        """The text column. Local files are copied to Arrow in the folder `scratch`; without one they are streamed."""
-        files = [str(file) for file in self.files] or None
-        options = {"streaming": self.streaming or (files is not None and scratch is None)}
-        if files is not None and not options["streaming"]:
-            options["cache_dir"] = str(scratch)
-        try:
-            rows = datasets.load_dataset(self.name, self.config, data_files=files, split=self.split, **options)
-        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-            cause = error.__cause__ or error
-            reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-            raise UserError(f"cannot read {self._what()}: {reason}") from error
+    def shards(self) -> Iterator[dict[str, list]]:
+        """The text column, part by part. Files are streamed; so is a dataset, unless it is downloaded first."""
+        texts: list[str] = []
+        filled = 0
+        with self._told():
+            files = [str(file) for file in self.files] or None
+            options = {"data_files": files, "split": self.split, "streaming": self.streaming or files is not None}
+            rows = datasets.load_dataset(self.name, self.config, **options)
         names = rows.column_names  # None where a stream does not know them yet
         if names is not None and self.text_column not in names:
             raise UserError(
-                f"{self._what()} has no column {self.text_column!r}, only {', '.join(names)}; set data.text_column"
+                f"{self.what()} has no column {self.text_column!r}, only {', '.join(names)}; set data.text_column"
             )
-        return rows.select_columns(self.text_column)
+        batches = rows.select_columns(self.text_column).iter(ROWS_PER_BATCH)
+        while True:
+            with self._told():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            texts += batch[self.text_column]
+            filled += sum(len(text) for text in batch[self.text_column] if isinstance(text, str))
+            if filled >= SHARD_BYTES:
+                yield {self.text_column: texts}
+                texts, filled = [], 0
+        if texts:
+            yield {self.text_column: texts}
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+            cause = error.__cause__ or error
+            reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+            raise UserError(f"cannot read {self.what()}: {reason}") from error
 
     def pieces(self, rows: dict[str, list]) -> Iterator[Piece]:
         for text in rows[self.text_column]:
             if not isinstance(text, str):
                 raise UserError(
-                    f"{self._what()}: column {self.text_column!r} holds {type(text).__name__}, expected text; "
+                    f"{self.what()}: column {self.text_column!r} holds {type(text).__name__}, expected text; "
                     "set data.text_column"
                 )
             raw = text.encode()
             for start, end in _cut(raw, 0, len(raw)):
                 yield Piece(raw[start:end].decode(), start == 0, end == len(raw))
 
-    def _what(self) -> str:
+    def what(self) -> str:
         return _and_more(self.files) if self.files else f"the dataset {self.name!r}"
 
 
 Source = TextFiles | Table
 
 
-def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
-    """Files from paths, globs (`**` too) and `@list` entries: a file that holds one path per line, from its folder."""
-    found: list[Path] = []
+def find_files(patterns: Sequence[str]) -> tuple[File, ...]:
+    """Files from paths, globs (`**` too), URLs, and `@list` entries: a file that holds one path per line."""
+    found: list[File] = []
     for pattern in patterns:
-        if pattern.startswith("@"):
+        if "://" in pattern:
+            found += _find_urls(pattern)
+        elif pattern.startswith("@"):
             listing = _existing(Path(pattern[1:]))
-            lines = listing.read_text(encoding="utf-8").splitlines()
-            found += [_existing(listing.parent / line) for line in lines if line.strip()]
+            lines = [line for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+            for line in lines:  # a path is seen from the folder of its list
+                found += _find_urls(line) if "://" in line else [_existing(listing.parent / line)]
         elif glob.has_magic(pattern) and not Path(pattern).exists():
             matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
             matches = [match for match in matches if match.is_file()]
@@ -139,9 +178,21 @@ def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def file_source(files: tuple[Path, ...], *, text_column: str, separator: str | None, streaming: bool) -> Source:
+def _find_urls(pattern: str) -> list[File]:
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        paths = sorted(system.glob(path)) if glob.has_magic(path) else [path]
+        found: list[File] = [system.unstrip_protocol(path) for path in paths if system.isfile(path)]
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot open {pattern}: {one_line(error)}") from error
+    if not found:
+        raise UserError(f"there is no file {pattern}; check the address")
+    return found
+
+
+def file_source(files: tuple[File, ...], *, text_column: str, separator: str | None, streaming: bool) -> Source:
     """The source for local files, by their extension: tables for .jsonl, .json and .parquet, text for all others."""
-    kinds = {TABLES.get(file.suffix.lower()) for file in files}
+    kinds = {TABLES.get(PurePosixPath(file).suffix.lower()) for file in files}
     if len(kinds) > 1:
         raise UserError(
             f"{_and_more(files)}: text, JSON lines and parquet cannot be mixed in one source; choose one kind"
@@ -150,7 +201,7 @@ def file_source(files: tuple[Path, ...], *, text_column: str, separator: str | N
     if kind is None:
         return TextFiles(files, separator)
     for file in files:
-        if file.stat().st_size == 0:
+        if file_size(file) == 0:
             raise UserError(f"{file} is empty; give a file with text in it")
     return Table(kind, files, text_column=text_column, streaming=streaming)
 
@@ -163,39 +214,74 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _file_identity(file: Path) -> tuple[str, int, int]:
-    status = file.stat()
-    return (str(file.resolve()), status.st_size, status.st_mtime_ns)
+def open_file(file: File) -> BinaryIO:
+    return file.open("rb") if isinstance(file, Path) else fsspec.open(file, "rb").open()
 
 
-def _file_pieces(file: Path, separator: str | None) -> Iterator[tuple[int, int, bool, bool]]:
-    """Start, end, starts a document, ends a document: for every piece of one file, in order."""
-    size = file.stat().st_size
-    if size == 0:
-        return
-    if separator is None and size <= PIECE_BYTES:
-        yield 0, size, True, True
-        return
-    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for first, last in _documents(text, separator):
-            for start, end in _cut(text, first, last):
-                yield start, end, start == first, end == last
+def file_size(file: File) -> int:
+    if isinstance(file, Path):
+        return file.stat().st_size
+    system, path = fsspec.core.url_to_fs(file)
+    return system.size(path)
 
 
-def _documents(text: mmap.mmap, separator: str | None) -> Iterator[tuple[int, int]]:
-    if separator is None:
+def file_identity(file: File) -> list[Any]:
+    """What changes when the file does."""
+    if isinstance(file, Path):
+        status = file.stat()
+        return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+    system, path = fsspec.core.url_to_fs(file)
+    return [file, system.size(path), str(system.ukey(path))]
+
+
+def _parts(file: File, separator: str | None, size: int) -> Iterator[tuple[int, int, bool, bool]]:
+    """Start, end, continues, goes on: for every part of one file, in order."""
+    start, last, continues = 0, file_size(file), False
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open_file(file)) if last > size else None
+        while start < last:
+            end, goes_on = last, False
+            if last - start > size + SEPARATOR_WINDOW:
+                end, goes_on = _part_end(stream, start + size, separator)
+            yield start, end, continues, goes_on
+            start, continues = end, goes_on
+
+
+def _part_end(stream: BinaryIO, target: int, separator: str | None) -> tuple[int, bool]:
+    """Where a part ends that should end at about `target`, and whether that is within a document."""
+    mark = b"" if separator is None else separator.encode()
+    begin = target - max(0, len(mark) - 1)
+    stream.seek(begin)
+    window = stream.read(SEPARATOR_WINDOW)
+    found = window.find(mark) if mark else -1
+    if found >= 0:
+        return begin + found + len(mark), False
+    return begin + _piece_end(window, target - begin, len(window)), True
+
+
+def _documents(text: bytes, mark: bytes | None, continues: bool, goes_on: bool) -> Iterator[tuple[int, int]]:
+    """Start and end of each document in a part of a file; blank ones are none."""
+    if mark is None:
         yield 0, len(text)
         return
-    mark, start = separator.encode(), 0
+    start = 0
     while start < len(text):
         end = text.find(mark, start)
         end = len(text) if end < 0 else end
-        if text[start:end].strip():
+        if text[start:end].strip() or (continues and start == 0) or (goes_on and end == len(text)):
             yield start, end
         start = end + len(mark)
 
 
-def _cut(text: mmap.mmap | bytes, start: int, last: int) -> Iterator[tuple[int, int]]:
+def _decoded(raw: bytes, file: File, start: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = start + error.start
+        raise UserError(f"{file}: byte {where} is not UTF-8; convert the file to UTF-8 or leave it out") from error
+
+
+def _cut(text: bytes, start: int, last: int) -> Iterator[tuple[int, int]]:
     """Start and end of each piece of text[start:last]."""
     while start < last:
         end = _piece_end(text, start, last)
@@ -203,7 +289,7 @@ def _cut(text: mmap.mmap | bytes, start: int, last: int) -> Iterator[tuple[int, 
         start = end
 
 
-def _piece_end(text: mmap.mmap | bytes, start: int, last: int) -> int:
+def _piece_end(text: bytes, start: int, last: int) -> int:
     """The first line border after PIECE_BYTES, else the first word border, else a border between two characters."""
     if last - start <= PIECE_BYTES:
         return last
@@ -217,5 +303,5 @@ def _piece_end(text: mmap.mmap | bytes, start: int, last: int) -> int:
     return end
 
 
-def _and_more(files: Sequence[Path]) -> str:
+def _and_more(files: Sequence[File]) -> str:
     return str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")

@@ -53,7 +53,8 @@ def test_text_files_are_documents(tmp_path, make_text, num_proc) -> None:
 def test_pieces_end_where_tokenizers_split_anyway(tmp_path) -> None:
     file = tmp_path / "code.py"
     file.write_text("def f(x):\n    return x\n\n\n" * 2000)
-    pieces = list(TextFiles((file,)).pieces(TextFiles((file,)).rows()[:]))
+    source = TextFiles((file,))
+    pieces = [piece for rows in source.shards() for piece in source.pieces(rows)]
     assert len(pieces) > 5
     assert all(piece.text.endswith("\n") and piece.text.startswith("def") for piece in pieces)
 
@@ -161,8 +162,8 @@ def test_unreadable_tables_are_refused(tmp_path) -> None:
         with pytest.raises(UserError, match=message):
             tokenise(file_source((file,), **options), byte_tokenizer(), tmp_path / "cache")
     with pytest.raises(UserError, match=r"no column 'body', only text; set data.text_column"):
-        file_source((numbers,), **{**options, "text_column": "body"}).rows()
+        next(file_source((numbers,), **{**options, "text_column": "body"}).shards())
     with pytest.raises(UserError, match=r"cannot read the dataset '.*nowhere'"):
-        Table(str(tmp_path / "nowhere")).rows()
+        next(Table(str(tmp_path / "nowhere")).shards())
     with pytest.raises(UserError, match="no text in there"):
-        TextFiles((empty,)).rows()
+        tokenise(TextFiles((empty,)), byte_tokenizer(), tmp_path / "cache")

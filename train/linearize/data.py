@@ -82,8 +82,11 @@ class Trimmed:
     def identity(self) -> list:
         return ["trimmed", *self.source.identity()]
 
-    def rows(self, scratch: Path | None = None):
-        return self.source.rows(scratch)
+    def shards(self) -> Iterator[dict[str, list]]:
+        return self.source.shards()
+
+    def what(self) -> str:
+        return self.source.what()
 
     def pieces(self, rows: dict[str, list]) -> Iterator[Piece]:
         for piece in self.source.pieces(rows):
