@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,9 @@ class Checkpoint:
 
 def read_bytes(file, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor | None:
     """A tensor of an open binary file from byte `start` on; `None` if the file ends before it does."""
-    tensor = torch.empty(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    # Pages of its own, which go back when the tensor is let go of: the heap would keep them, in pieces.
+    tensor = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(dtype).view(tuple(shape))
     file.seek(start)
     count = file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
     return tensor if count == tensor.nbytes else None
