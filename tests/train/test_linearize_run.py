@@ -80,7 +80,15 @@ def test_the_report_says_what_happened(start) -> None:
         assert entry["best_step"] == best["step"]
 
 
-def test_layers_replaced_in_steps_are_reported_step_by_step(start, tmp_path) -> None:
+def test_layers_replaced_in_steps_are_reported_step_by_step(start, tmp_path, monkeypatch) -> None:
+    seeds = {}
+    after_step = Run._after_step
+
+    def note(run):
+        seeds[run.stage] = run.loop.seed
+        after_step(run)
+
+    monkeypatch.setattr(Run, "_after_step", note)
     recover = stage(12, replacement_steps=3, kl=1.0)
     spec = small_spec(mixer="gated_deltanet", options={}, match_norms=True, recover=recover)
     _, report = start(spec=spec)
@@ -88,6 +96,7 @@ def test_layers_replaced_in_steps_are_reported_step_by_step(start, tmp_path) -> 
     assert list(report["perplexity"]) == names
     assert report["gap_closed"] is None
     assert list(report["stages"]) == ["transfer", "replace_1", "replace_2", "recover"]
+    assert len(set(seeds.values())) == len(report["stages"])  # each has the rows in an order of its own
     assert [report["stages"][name]["steps"] for name in ("replace_1", "replace_2", "recover")] == [4, 4, 4]
     for name, part in report["stages"].items():  # as the estimate has it
         options = spec.transfer if name == "transfer" else spec.recover
