@@ -116,7 +116,7 @@ def prepare(
                 break
     if counts.pieces == 0:
         shutil.rmtree(folder)
-        raise UserError(f"{source.what()}: no text in there; give text that is not empty")
+        raise UserError(f"{source.what()}: no text in there; give a file that is not empty")
     _finish(folder, {"identity": identity, "counts": asdict(counts), "files": files})
     return counts
 

@@ -116,8 +116,8 @@ BAD = {
         "model.learning_rate: expected float, got fast",
     ),
     "wrong choice": (
-        ["--config", "gla-tiny", "--data.files", "text.txt", "--model.schedule", "linear"],
-        "model.schedule: expected one of 'cosine', 'wsd', 'constant', got linear",
+        ["--config", "gla-tiny", "--data.files", "text.txt", "--model.schedule", "steep"],
+        "model.schedule: expected one of 'cosine', 'linear', 'wsd', 'constant', got steep",
     ),
     "impossible value": (
         ["--config", "gla-tiny", "--data.files", "text.txt", "--data.batch_size", "0"],
