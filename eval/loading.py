@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import lm_zoo  # noqa: F401  registers the zoo's own models with the Auto classes
@@ -47,6 +47,7 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
             folder, local_files_only=True, dtype="auto" if cuda else torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        _check_files(folder)
         raise UserError(f"cannot load the model in {folder}: {one_line(error)}; save it again") from error
     incomplete = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if incomplete:
@@ -57,6 +58,16 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, model, folder)
     return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """UserError for the file of weights that cannot be read: the loader's own errors do not say which it is."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{file} is cut off or damaged ({one_line(error)}); fetch or save it again") from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:

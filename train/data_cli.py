@@ -64,7 +64,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
-    options = {"text_column": arguments.text_column, "streaming": arguments.streaming}
+    options = {
+        "text_column": arguments.text_column,
+        "streaming": arguments.streaming,
+        "column_option": "--text-column",
+    }
     if arguments.name is not None:
         return Table(arguments.name, config=arguments.config, split=arguments.split, **options)
     return file_source(find_files(arguments.files), separator=arguments.separator, **options)

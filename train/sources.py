@@ -95,6 +95,7 @@ class Table:
     split: str = "train"
     text_column: str = "text"
     streaming: bool = False
+    column_option: str = "data.text_column"  # what sets the column, for messages
 
     def identity(self) -> list:
         folder = Path(self.name)
@@ -113,7 +114,7 @@ class Table:
         names = rows.column_names  # None where a stream does not know them yet
         if names is not None and self.text_column not in names:
             raise UserError(
-                f"{self.what()} has no column {self.text_column!r}, only {', '.join(names)}; set data.text_column"
+                f"{self.what()} has no column {self.text_column!r}, only {', '.join(names)}; set {self.column_option}"
             )
         batches = rows.select_columns(self.text_column).iter(ROWS_PER_BATCH)
         while True:
@@ -143,7 +144,7 @@ class Table:
             if not isinstance(text, str):
                 raise UserError(
                     f"{self.what()}: column {self.text_column!r} holds {type(text).__name__}, expected text; "
-                    "set data.text_column"
+                    f"set {self.column_option}"
                 )
             raw = text.encode()
             for start, end in _cut(raw, 0, len(raw)):
@@ -190,7 +191,14 @@ def _find_urls(pattern: str) -> list[File]:
     return found
 
 
-def file_source(files: tuple[File, ...], *, text_column: str, separator: str | None, streaming: bool) -> Source:
+def file_source(
+    files: tuple[File, ...],
+    *,
+    text_column: str,
+    separator: str | None,
+    streaming: bool,
+    column_option: str = Table.column_option,
+) -> Source:
     """The source for local files, by their extension: tables for .jsonl, .json and .parquet, text for all others."""
     kinds = {TABLES.get(PurePosixPath(file).suffix.lower()) for file in files}
     if len(kinds) > 1:
@@ -203,7 +211,7 @@ def file_source(files: tuple[File, ...], *, text_column: str, separator: str | N
     for file in files:
         if file_size(file) == 0:
             raise UserError(f"{file} is empty; give a file with text in it")
-    return Table(kind, files, text_column=text_column, streaming=streaming)
+    return Table(kind, files, text_column=text_column, streaming=streaming, column_option=column_option)
 
 
 def _existing(path: Path) -> Path:

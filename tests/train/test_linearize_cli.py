@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from linearize_fixtures import byte_teacher, tokenizer, write_text
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
@@ -129,6 +130,18 @@ def split_weights(missing: bool = True) -> None:
     Path("teacher/model.safetensors").unlink()
 
 
+def cut_shard() -> None:
+    split_weights(missing=False)
+    path = Path("teacher/model-00002-of-00002.safetensors")
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def put_nan() -> None:
+    teacher = byte_teacher()
+    teacher.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    teacher.save_pretrained("teacher")
+
+
 def write(name: str, text: str | bytes):
     return lambda: Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
@@ -163,6 +176,27 @@ BAD = {
         "nobody_knows_this",
     ),
     "missing shard": (split_weights, ["teacher", *FEW, "--text", "text.txt"], "model-00002-of-00002.safetensors"),
+    "cut shard": (
+        cut_shard,
+        ["teacher", *FEW, "--text", "text.txt"],
+        "teacher/model-00002-of-00002.safetensors is cut off or damaged",
+    ),
+    "nan in the teacher": (put_nan, ["teacher", *FEW, "--text", "text.txt"], "the teacher teacher predicts NaN"),
+    "nan in a stream's teacher": (
+        put_nan,
+        ["teacher", *FEW, "--text", "text.txt", *STREAM],
+        "the teacher teacher predicts NaN",
+    ),
+    "nan in what the teacher writes": (
+        put_nan,
+        ["teacher", *FEW, "--text", "self", *STREAM],
+        "the teacher teacher predicts NaN",
+    ),
+    "no such column": (
+        write("a.jsonl", '{"story": "one two"}'),
+        ["teacher", *FEW, "--text", "a.jsonl"],
+        "has no column 'text', only story; set --text-column",
+    ),
     "no weights": (
         lambda: Path("teacher/model.safetensors").unlink(),
         ["teacher", *FEW, "--text", "text.txt"],
@@ -205,6 +239,7 @@ BAD = {
         "the loss of the stage transfer is not finite",
     ),
 }  # fmt: skip
+AFTER_A_START = [case for case in BAD if case == "not finite" or case.startswith("nan in")]
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -219,6 +254,6 @@ def test_bad_input_is_one_line_and_writes_nothing(case, capfd) -> None:
     assert captured.out == ""
     last = captured.err.splitlines()[-1]
     assert last.startswith("lm-zoo: error: ")
-    assert captured.err.count("\n") == 1 or case == "not finite", captured.err
+    assert captured.err.count("\n") == 1 or case in AFTER_A_START, captured.err
     assert message in last
     assert {path for path in Path().rglob("*") if "cache" not in path.parts} == before

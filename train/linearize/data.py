@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,13 +56,15 @@ class TextOptions:
         if bool(self.files) == bool(self.dataset):
             raise UserError("give text files or the name of a dataset, one of both")
         if self.dataset:
-            options = {"text_column": self.text_column, "streaming": self.streaming}
-            return Table(self.dataset, config=self.config, split=self.split, **options)
+            return Table(self.dataset, config=self.config, split=self.split, **self._of_tables)
         return self.file_source(self.files)
 
     def file_source(self, files: Sequence[str]) -> Source:
-        options = {"text_column": self.text_column, "separator": self.separator, "streaming": self.streaming}
-        return file_source(find_files(files), **options)
+        return file_source(find_files(files), separator=self.separator, **self._of_tables)
+
+    @property
+    def _of_tables(self) -> dict[str, Any]:
+        return {"text_column": self.text_column, "streaming": self.streaming, "column_option": "--text-column"}
 
     def corpus(self, source: Source, tokenizer: PreTrainedTokenizerBase) -> Corpus:
         """The tokens of a source, made once and kept in the cache."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from lm_zoo.train.linearize.recover import Recovery
 from lm_zoo.train.linearize.report import write_report
 from lm_zoo.train.linearize.sampling import MOST_TOKENS, SELF, sample_texts
 from lm_zoo.train.linearize.spec import LinearizeSpec
-from lm_zoo.train.linearize.teacher import load_teacher, positions
+from lm_zoo.train.linearize.teacher import load_teacher, not_finite, positions
 from lm_zoo.train.linearize.work import Signals, WorkFolder, check_output
 from lm_zoo.train.packing import Selection
 from lm_zoo.train.quiet import quiet_libraries
@@ -279,6 +280,8 @@ class Run:
         }
         self.measured["perplexity"] = {}
         self._measure("teacher", softmax)
+        if not math.isfinite(self.measured["perplexity"]["teacher"]):
+            raise not_finite(self.name)
         self._measure("untrained")
         if controls.has_window(student):
             self._measure("window_only", controls.window_only)

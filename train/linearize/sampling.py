@@ -13,6 +13,7 @@ from lm_zoo.errors import UserError
 from lm_zoo.files import whole_file
 from lm_zoo.train.linearize.data import prefix
 from lm_zoo.train.linearize.spec import LinearizeSpec
+from lm_zoo.train.linearize.teacher import not_finite
 
 SELF = "self"  # in the place of a file name
 TEXTS_AT_A_TIME = 64
@@ -56,6 +57,8 @@ def sample_texts(
 @torch.inference_mode()
 def _sample(teacher, tokenizer, start: list[int], ends: set[int], length: int) -> list[list[int]]:
     ids = torch.tensor([start] * TEXTS_AT_A_TIME, device=teacher.device)
+    if teacher(ids[:1]).logits.isnan().any():
+        raise not_finite(teacher.name_or_path)
     output = teacher.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -71,6 +71,7 @@ class StreamRun(Run):
         placeholders = self.teacher
         self.teacher = StreamedStudent.from_teacher(placeholders, self.spec.mixer, dict(self.spec.options), layers)
         self.teacher.eval().read_from(self.checkpoint)
+        self.teacher.name_or_path = self.name
 
     def _load_teacher(self, teacher, tokenizer):
         folder, tokenizer = find_teacher(teacher, tokenizer)

@@ -74,6 +74,14 @@ def positions(config: PreTrainedConfig) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def not_finite(name: str) -> UserError:
+    """What to say of a teacher whose predictions are NaN: all that is measured or learned of it would be so, too."""
+    return UserError(
+        f"the teacher {name} predicts NaN or infinity: some of its weights are not finite, or too large for its dtype; "
+        "fetch or save it again"
+    )
+
+
 def _load(name: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
     if Path(name).is_dir():
         if (Path(name) / "config.json").is_file():
