@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lm_zoo.cache_files import load_cache, model_hash, save_cache
 from lm_zoo.layers import LayerState
+
+if TYPE_CHECKING:
+    from lm_zoo.causal_lm import CausalLM
 
 
 class ZooCache(Cache):
@@ -16,15 +24,20 @@ class ZooCache(Cache):
         model(prompt, past_key_values=cache)               # any number of calls of any length
         model.generate(ids, past_key_values=cache)         # continues from what the cache holds
         answers = cache.fork(4)                            # four copies of each row, to continue in four ways
+        cache.save(path); ZooCache.load(path, model)       # goes on another day
 
     `length` counts the columns that went in, padding included: `generate()` cuts its input there. The states cannot go
     back to an earlier token, so `crop` is refused.
     """
 
-    def __init__(self, states: list[LayerState], length: int = 0):
+    def __init__(self, states: list[LayerState], length: int = 0, model: CausalLM | None = None):
         super().__init__(layers=[])  # the states stand in for the layers of transformers
         self.states = states
         self.length = length
+        self._model = None if model is None else weakref.ref(model)  # whose states they are
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # no weak reference can be pickled
 
     def __len__(self) -> int:
         return len(self.states)
@@ -35,6 +48,11 @@ class ZooCache(Cache):
     @property
     def batch_size(self) -> int:
         return self.states[0].batch_size
+
+    @property
+    def model(self) -> CausalLM | None:
+        """The model of whose `init_cache` it comes, while that exists; a pickled cache forgets it."""
+        return None if self._model is None else self._model()
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +75,7 @@ class ZooCache(Cache):
 
     def select(self, index: Tensor) -> ZooCache:
         """A new cache whose row n is a copy of row `index[n]`; any number of rows."""
-        return ZooCache([state.select(index) for state in self.states], self.length)
+        return ZooCache([state.select(index) for state in self.states], self.length, self.model)
 
     def fork(self, copies: int) -> ZooCache:
         """A new cache with `copies` copies of each row, side by side."""
@@ -65,7 +83,22 @@ class ZooCache(Cache):
         return self.select(rows.repeat_interleave(copies))
 
     def clone(self) -> ZooCache:
-        return ZooCache([state.clone() for state in self.states], self.length)
+        return ZooCache([state.clone() for state in self.states], self.length, self.model)
+
+    def trim(self) -> ZooCache:
+        """The same without room to grow; the tensors are shared."""
+        return ZooCache([state.trim() for state in self.states], self.length, self.model)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that only the same model loads, see `lm_zoo.cache_files`."""
+        if self.model is None:
+            raise ValueError("the cache no longer knows its model: save() one of init_cache, select, fork or clone")
+        save_cache(path, self, model_hash(self.model))
+
+    @classmethod
+    def load(cls, path: str | Path, model: CausalLM) -> ZooCache:
+        """The cache in a file, for the model that wrote it; a file of another model or a damaged one is refused."""
+        return load_cache(path, model)[0]
 
     def detach_(self) -> ZooCache:
         for state in self.states:

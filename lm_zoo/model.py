@@ -113,7 +113,7 @@ class ZooForCausalLM(CausalLM):
 
     def init_cache(self, batch_size: int) -> ZooCache:
         place = {"device": self.device, "dtype": self._cache_dtype}
-        return ZooCache([layer.mixer.init_state(batch_size, **place) for layer in self.model.layers])
+        return ZooCache([layer.mixer.init_state(batch_size, **place) for layer in self.model.layers], model=self)
 
     def hidden_states(
         self, input_ids=None, attention_mask=None, *, inputs_embeds=None, past_key_values=None, cu_seqlens=None

@@ -77,6 +77,14 @@ class LayerState:
     def clone(self) -> LayerState:
         return type(self)({name: tensor.clone() for name, tensor in self.tensors.items()})
 
+    def holding(self, tensors: dict[str, Tensor]) -> LayerState:
+        """A state of this kind of other tensors, with any number of rows."""
+        return type(self)(tensors)
+
+    def trim(self) -> LayerState:
+        """The same without room to grow; the tensors are shared."""
+        return self
+
     def detach_(self) -> LayerState:
         """Cut the graph: gradients no longer reach calls made before this."""
         for tensor in self.tensors.values():

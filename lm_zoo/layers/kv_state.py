@@ -171,6 +171,15 @@ class GrowingKeyValues(LayerState):
     def clone(self) -> "GrowingKeyValues":
         return type(self)(super().clone().tensors, self.used, self.ragged)
 
+    def holding(self, tensors: dict[str, Tensor]) -> "GrowingKeyValues":
+        state = super().holding(tensors)
+        state._recount()
+        return state
+
+    def trim(self) -> "GrowingKeyValues":
+        slots = {name: self[name][:, :, : self.used] for name in ("keys", "values")}
+        return type(self)({**self.tensors, **slots}, self.used, self.ragged)
+
     def reset(self) -> None:
         super().reset()
         self.used, self.ragged = 0, False

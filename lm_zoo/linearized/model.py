@@ -153,7 +153,7 @@ class LinearizedForCausalLM(CausalLM):
                 window = attention.softmax_window
                 states.append(key_values(batch_size, sizes["num_kv_heads"], sizes["head_size"], window, **place))
         position = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        return ZooCache([*states, LayerState({"position": position})])
+        return ZooCache([*states, LayerState({"position": position})], model=self)
 
     def hidden_states(
         self, input_ids=None, attention_mask=None, *, inputs_embeds=None, past_key_values=None, cu_seqlens=None
