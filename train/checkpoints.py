@@ -24,7 +24,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lm_zoo.errors import UserError
 from lm_zoo.files import remove_folder, remove_unfinished, whole_folder
 from lm_zoo.train.metrics import MetricsFile
-from lm_zoo.train.snapshot import check_seal, load_snapshot, save_snapshot
+from lm_zoo.train.shards import load_tensors
+from lm_zoo.train.snapshot import check_seal, load_tree, save_snapshot
 
 NAME = re.compile(r"step-(\d+)")
 STDERR = 2  # its file descriptor
@@ -176,7 +177,7 @@ def read_checkpoint(path: Path, *, tensors: bool = True) -> dict[str, Any]:
     """A checkpoint on the CPU, once all its files have been found whole. UserError for a damaged or a foreign one."""
     check_seal(path)
     try:
-        checkpoint = load_snapshot(path, tensors=tensors)
+        checkpoint = load_tree(path, load_tensors(path) if tensors else None)
     except FileNotFoundError as error:
         raise UserError(f"{path} is no checkpoint of a training run: it has no {Path(error.filename).name}") from error
     if not {"loops", "state_dict", "zoo_config"} <= checkpoint.keys():

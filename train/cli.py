@@ -19,6 +19,7 @@ from lm_zoo.files import whole_file
 from lm_zoo.train.checkpoints import Checkpoints, Interrupted
 from lm_zoo.train.data import TextData
 from lm_zoo.train.module import ZooModule
+from lm_zoo.train.parallel import Parallel
 from lm_zoo.train.quiet import quiet_libraries
 from lm_zoo.train.run import TRAINER_DEFAULTS, run_training, trainer_parts
 
@@ -74,17 +75,19 @@ class TrainCLI(LightningCLI):
             "--resume", type=str | None, default=None, help="Continue a run: `last` or the path of a checkpoint."
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_class_arguments(Parallel, "parallel")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         self.config = parser.parse_args(args)  # without the base class's warning that sys.argv exists
-        for group in ("trainer", "model", "data", "checkpoint"):
+        for group in ("trainer", "model", "data", "checkpoint", "parallel"):
             if not isinstance(self.config[group], Namespace):
                 raise UserError(f"{group}: expected options and their values, got {self.config[group]!r}")
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
         if self.config.trainer.default_root_dir is not None:
             raise UserError("trainer.default_root_dir is not used here; give --out instead")
-        parts = trainer_parts(Path(self.config.out), vars(self.config_init.trainer), self.config_init.checkpoint)
+        made = self.config_init
+        parts = trainer_parts(Path(self.config.out), vars(made.trainer), made.checkpoint, made.parallel)
         parts["callbacks"].append(SaveConfig(self.parser, self.config, Path(self.config.out)))
         try:
             return L.Trainer(**{**vars(self.config_init.trainer), **parts, **options})

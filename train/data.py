@@ -16,6 +16,7 @@ from lm_zoo.train.curriculum import Curriculum
 from lm_zoo.train.mixture import MixedOrder, MixedRows
 from lm_zoo.train.order import RowLoader, RowOrder
 from lm_zoo.train.packing import Rows, Selection, collate_documents, collate_rows, hold_out
+from lm_zoo.train.parallel import data_process
 from lm_zoo.train.prepare import prepared_tokenizer, tokenizer_hash
 from lm_zoo.train.sources import Source, Table, file_source, find_files
 from lm_zoo.train.tokenizers import SMALLEST_BPE
@@ -44,7 +45,7 @@ class TextData(L.LightningDataModule):
             bytes, or the one that the text was prepared with.
         vocab_size: Size of the vocabulary that `bpe` learns.
         seq_len: Tokens per row.
-        batch_size: Rows per batch and process.
+        batch_size: Rows per batch and process, or per batch and group of processes that share sequences.
         respect_documents: Nothing is read across document borders, as when the model is used: every document starts
             from an empty state. False feeds plain [batch_size, seq_len] rows, where a model sees the text before.
         curriculum_steps: How many optimizer steps of a curriculum the run starts with; it needs one of the next two.
@@ -208,12 +209,11 @@ class TextData(L.LightningDataModule):
             "tokens of text": corpus.num_tokens,
             "data.weights": self.weights,
             "data.seq_len": self.seq_len,
-            "data.batch_size": self.batch_size,
+            "data.batch_size times the processes with rows of their own": self.batch_size * self._process["world_size"],
             "data.seed": self.seed,
             "data.curriculum_steps": self.curriculum_steps,
             "data.first_seq_len": self.first_seq_len,
             "data.short_documents_first": self.short_documents_first,
-            "number of processes": self._process["world_size"],
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
         }
 
@@ -275,7 +275,7 @@ class TextData(L.LightningDataModule):
     def _process(self) -> dict[str, int]:
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return dict(zip(("rank", "world_size"), data_process(self.trainer), strict=True))
 
     @property
     def _loader_options(self) -> dict:

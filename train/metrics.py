@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm_zoo.eval.flops import TRAINING_PASSES, flops_per_token, peak_flops
 from lm_zoo.files import whole_file
+from lm_zoo.train.parallel import data_process
 
 
 class Metrics(L.Callback):
@@ -31,7 +32,7 @@ class Metrics(L.Callback):
         self.latest: dict[str, float] = {}
         self._run_tokens = 0  # over all processes
         self._since = [0.0, 0.0]  # sum of losses and number of targets since the last log, over all processes
-        self._tokens = 0  # since the last log, in this process
+        self._tokens = 0  # since the last log, over all processes
 
     def state_dict(self) -> dict[str, Any]:
         return {"run": self._run_tokens, "since": [float(sum_) for sum_ in self._since], "tokens": self._tokens}
@@ -52,6 +53,7 @@ class Metrics(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs: dict, batch: dict, batch_idx: int) -> None:
         tokens = batch["input_ids"].numel()
+        tokens *= data_process(trainer)[1]
         self._tokens += tokens
         self._clocked_tokens += tokens
         self._batch_end = time.monotonic()
@@ -86,8 +88,8 @@ class Metrics(L.Callback):
         latest = module.step_metrics
         loss, targets, norm = torch.stack([*self._since, latest["gradient_norm"].to(self._since[0])]).tolist()
         counts = module.guard.read(trainer.global_step)
-        speed = self._clocked_tokens / (time.monotonic() - self._clock)  # of this process
-        self._run_tokens += self._tokens * trainer.world_size
+        speed = self._clocked_tokens / (time.monotonic() - self._clock)  # of all processes
+        self._run_tokens += self._tokens
         values = {"tokens": self._run_tokens}
         if targets > 0:
             values["train_loss"] = loss / targets
@@ -96,11 +98,11 @@ class Metrics(L.Callback):
             "learning_rate": latest["learning_rate"],
             "gradient_norm": norm,
             "skipped_steps": int(counts["not_finite"] + counts["spikes"]),
-            "tokens_per_second": speed * trainer.world_size,
+            "tokens_per_second": speed,
             "memory_gb": memory_gb(module.device),
         }
         if self._peak is not None:
-            values["flops_utilisation"] = speed * self._flops_per_token / self._peak
+            values["flops_utilisation"] = speed * self._flops_per_token / (self._peak * trainer.world_size)
         self._log(trainer, values)
         self._since, self._tokens = [0.0, 0.0], 0
         self._start_clock()

@@ -17,9 +17,11 @@ from lm_zoo.train.gradients import scale_gradients
 from lm_zoo.train.guard import StepGuard
 from lm_zoo.train.optim import Schedule, parameter_groups
 from lm_zoo.train.optimizer import AdamWMuon
+from lm_zoo.train.parallel import MeshStrategy, sequence_processes, shared_sequence
 from lm_zoo.train.tokenizers import vocabulary_size
 
 VOCABULARY_MULTIPLE = 64  # output matrices of such sizes are quicker on GPUs
+TOKENS = ("input_ids", "labels")  # what a batch has along time
 
 
 class ZooModule(L.LightningModule):
@@ -112,16 +114,24 @@ class ZooModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = ZooForCausalLM(self.config)
+            strategy = self.trainer.strategy
+            sharded = isinstance(strategy, MeshStrategy)
+            self.model = strategy.new_model(self.config) if sharded else ZooForCausalLM(self.config)
             if self.gradient_checkpointing:
                 model = self.model  # transformers is giving the method a new name
                 getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        """The mean loss over the batch's targets, in nats per token."""
+        """The mean loss over the batch's targets, in nats per token; its gradient is that of this process's tokens."""
         z_loss = self.z_loss if self.training else 0.0
-        inputs = {"labels": batch["labels"], "cu_seqlens": batch.get("cu_seqlens"), "z_loss": z_loss}
-        return self.model(batch["input_ids"], **inputs).loss
+        options = {"cu_seqlens": batch.get("cu_seqlens"), "z_loss": z_loss}
+        with shared_sequence(self.trainer) as group:
+            tokens = {name: batch[name] if group is None else group.segment(batch[name]) for name in TOKENS}
+            return self.model(**tokens, **options).loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with shared_sequence(self.trainer):  # blocks that are checkpointed run again
+            super().backward(loss, *args, **kwargs)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The sum of the losses, over the number of tokens, which is that of every batch.
@@ -189,13 +199,17 @@ class ZooModule(L.LightningModule):
         }
 
     def _sums_of_step(self) -> tuple[Tensor, Tensor]:
-        """Sum of losses and number of targets of all micro-batches and processes; both start anew."""
+        """Sum of losses and number of targets of all micro-batches and processes; both start anew.
+
+        Processes that share sequences have the same numbers: each counts for its part of them.
+        """
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         # `full` hands the number over with its launch; `tensor` would wait for the device.
         targets = torch.full((), self._targets, dtype=dtype, device=self.device)
         sums = torch.stack([self._loss_sum.to(dtype), targets])
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
+            sums /= sequence_processes(self.trainer)
         self._loss_sum, self._targets = 0.0, 0
         return sums.unbind()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from lm_zoo.errors import UserError, one_line
@@ -32,6 +33,7 @@ from lm_zoo.train.data import TextData
 from lm_zoo.train.layer_statistics import LayerStatistics
 from lm_zoo.train.metrics import Metrics, MetricsFile
 from lm_zoo.train.module import ZooModule
+from lm_zoo.train.parallel import MeshStrategy, Parallel, data_process, full_weights
 from lm_zoo.train.plots import Plots
 from lm_zoo.train.progress import StepProgress
 from lm_zoo.train.quiet import quiet_libraries
@@ -55,21 +57,25 @@ def fit(
     out: str | Path,
     *,
     checkpoints: Checkpoints | None = None,
+    parallel: Parallel | None = None,
     resume: str | Path | None = None,
     **trainer_options: Any,
 ) -> L.Trainer:
     """Trains `module` on `data` and leaves everything in the folder `out`. Takes all options of `lightning.Trainer`.
 
-    `resume` continues a run exactly where it stopped: a checkpoint, or "last" for the newest in `out`. UserError (a
-    ValueError) for bad input; Interrupted after Ctrl-C or SIGTERM, when a checkpoint has been saved.
+    `parallel` says what several processes share; by default, the batches alone. `resume` continues a run exactly where
+    it stopped: a checkpoint, or "last" for the newest in `out`. UserError (a ValueError) for bad input; Interrupted
+    after Ctrl-C or SIGTERM, when a checkpoint has been saved.
     """
     with quiet_libraries():
         options = {**TRAINER_DEFAULTS, **trainer_options}
-        parts = trainer_parts(Path(out), options, checkpoints or Checkpoints())
+        parts = trainer_parts(Path(out), options, checkpoints or Checkpoints(), parallel)
         return run_training(L.Trainer(**{**options, **parts}), module, data, resume)
 
 
-def trainer_parts(out: Path, options: dict[str, Any], checkpoints: Checkpoints | None = None) -> dict[str, Any]:
+def trainer_parts(
+    out: Path, options: dict[str, Any], checkpoints: Checkpoints | None = None, parallel: Parallel | None = None
+) -> dict[str, Any]:
     """What this package adds to a Trainer's options."""
     metrics = Metrics()
     watching = [metrics, LayerStatistics(out), Samples(out), Plots(out)]
@@ -82,6 +88,7 @@ def trainer_parts(out: Path, options: dict[str, Any], checkpoints: Checkpoints |
         "callbacks": callbacks,
         "logger": [*loggers, MetricsFile(out), TensorBoardLogger(out, name="", version="tensorboard")],
         "plugins": [*_as_list(options.get("plugins")), WholeFolderIO()],
+        "strategy": (parallel or Parallel()).strategy(options.get("strategy", "auto")),
     }
 
 
@@ -90,6 +97,8 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
     out = Path(trainer.default_root_dir)
     checkpoint = checkpoint_to_resume(resume, out) if resume else None
     check_run(trainer, out, checkpoint)
+    if isinstance(trainer.strategy, MeshStrategy):
+        trainer.strategy.parallel.check(trainer.world_size, data.seq_len)
     data.trainer = trainer
     if trainer.is_global_zero:  # the other processes find the cache when Lightning lets them in
         data.prepare_data()
@@ -110,8 +119,9 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
                 "ended; see what that one said, then continue with --resume last"
             ) from error
         raise
+    weights = full_weights(trainer, module.model)  # of all processes
     if trainer.is_global_zero:
-        export(module, out / "model")
+        export(module, out / "model", weights)
     return trainer
 
 
@@ -121,7 +131,7 @@ def check_run(trainer: L.Trainer, out: Path, checkpoint: Path | None) -> None:
 
 
 def describe(trainer: L.Trainer, data: TextData) -> None:
-    tokens_per_step = data.batch_size * data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
+    tokens_per_step = data.batch_size * data.seq_len * trainer.accumulate_grad_batches * data_process(trainer)[1]
     training, validation = (rows.selection.num_tokens for rows in (data.train_rows, data.val_rows))
     print(
         f"{training:,} tokens to train on, {validation:,} to validate on; "
@@ -130,12 +140,12 @@ def describe(trainer: L.Trainer, data: TextData) -> None:
     )
 
 
-def export(module: ZooModule, folder: Path) -> None:
-    """The model and its tokenizer as a Hugging Face folder."""
+def export(module: ZooModule, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """The model and its tokenizer as a Hugging Face folder; `weights` are those of a sharded model."""
     disable_progress_bar()  # of transformers: it would draw one for writing a single file
     try:
         with whole_folder(folder) as unfinished:
-            module.model.save_pretrained(unfinished)
+            module.model.save_pretrained(unfinished, state_dict=weights)
             module.tokenizer.save_pretrained(unfinished)
     except Exception as error:
         if "os error" not in str(error):  # what safetensors and tokenizers call a full disk

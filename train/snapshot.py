@@ -4,8 +4,9 @@
     state.json             everything else, with the tensors' names where they belong
     manifest.json          size and checksum of each file above, written last
 
-Whatever else lies in such a folder when it is sealed (the shards of several processes) gets its checksum as well. A
-checksum is the SHA-256 of the SHA-256s of the file's blocks of 16 MB, so that all cores share the work.
+Whatever else lies in such a folder when it is sealed (the shards of several processes, see `shards.py`) gets its
+checksum as well. A checksum is the SHA-256 of the SHA-256s of the file's blocks of 16 MB, so that all cores share the
+work.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lm_zoo.errors import UserError
 
@@ -37,18 +39,31 @@ DTYPES = {
 
 def save_snapshot(state: dict[str, Any], folder: Path) -> None:
     """Writes `state`, a tree of dicts, lists, tuples, tensors, numbers, text and None, into an empty folder."""
-    tensors: dict[str, Tensor] = {}
-    names: dict[tuple, str] = {}  # where a tensor's memory was met first: tied weights are written once
-    tree = _to_json(state, "", tensors, names)
-    sums = {TENSORS: write_summed(folder / TENSORS, _safetensors(tensors))}
-    sums[STATE] = write_summed(folder / STATE, [json.dumps(tree).encode()])
-    seal(folder, sums)
+    tree, tensors = flatten(state)
+    write_tree(tree, folder, {TENSORS: write_summed(folder / TENSORS, _safetensors(tensors))})
 
 
 def load_snapshot(folder: Path, *, tensors: bool = True) -> dict[str, Any]:
     """What `save_snapshot` wrote; with `tensors=False` at no cost, and with None for every tensor."""
-    found = load_file(folder / TENSORS) if tensors else None
-    return _from_json(json.loads((folder / STATE).read_text(encoding="utf-8")), found)
+    return load_tree(folder, load_file(folder / TENSORS) if tensors else None)
+
+
+def flatten(state: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """`state` as JSON with names in place of tensors, and the tensors by their names."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[tuple, str] = {}  # where a tensor's memory was met first: tied weights are written once
+    return _to_json(state, "", tensors, names), tensors
+
+
+def write_tree(tree: Any, folder: Path, sums: dict[str, dict]) -> None:
+    """The JSON of `flatten`, and the manifest: the folder is then complete."""
+    sums = {**sums, STATE: write_summed(folder / STATE, [json.dumps(tree).encode()])}
+    seal(folder, sums)
+
+
+def load_tree(folder: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
+    """What was flattened, with these tensors in their places; with None for every tensor where none are given."""
+    return _from_json(json.loads((folder / STATE).read_text(encoding="utf-8")), tensors)
 
 
 def seal(folder: Path, sums: dict[str, dict] | None = None) -> None:
@@ -151,8 +166,9 @@ def _to_json(value: Any, name: str, tensors: dict[str, Tensor], names: dict[tupl
     if isinstance(value, Tensor):
         if value.dtype not in DTYPES:
             raise TypeError(f"{name} is a tensor of {value.dtype}, which a checkpoint cannot hold")
-        memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        known = names.setdefault(memory, name) if value.numel() else name
+        part = value.to_local() if isinstance(value, DTensor) else value
+        memory = (part.device, part.data_ptr(), part.dtype, part.shape, part.stride())
+        known = names.setdefault(memory, name) if part.numel() else name
         tensors[known] = value
         return {"$tensor": known}
     if isinstance(value, dict):
