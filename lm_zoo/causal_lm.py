@@ -14,6 +14,7 @@ from lm_zoo.kernels.sequence_parallel import Segment, SequenceGroup, active_grou
 from lm_zoo.modules.padding import Padding
 
 IGNORE = -100  # the label of tokens that do not count
+PREFILL_CHUNK = 4096  # tokens of a long prompt that are read at a time
 
 
 class CausalLM(PreTrainedModel, GenerationMixin):
@@ -87,7 +88,8 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: a cache of `init_cache`, which the tokens continue and go into.
             use_cache: whether to make a cache where none is given.
             cu_seqlens: `[N + 1]`, borders of N documents packed along time; B = 1, and a cache has N rows.
-            logits_to_keep: logits of the last so many tokens only, or of these positions; 0 is all.
+            logits_to_keep: logits of the last so many tokens only, or of these positions; 0 is all. With a cache, no
+                gradients and a number above 0, a long text is read in pieces, whose memory does not grow with it.
             z_loss: weight of the squared log-partition in the loss, see `linear_cross_entropy`.
             output_attentions, output_hidden_states: not supported; here because PEFT names them in every call.
             return_dict: whether to return an object (default) or a tuple.
@@ -98,6 +100,8 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None and given is not None:
             past_key_values = self.init_cache(given.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        if labels is None and cu_seqlens is None and isinstance(past_key_values, ZooCache):
+            input_ids, attention_mask = self._read_ahead(input_ids, attention_mask, past_key_values, logits_to_keep)
         hidden = self.hidden_states(
             input_ids,
             attention_mask,
@@ -120,6 +124,25 @@ class CausalLM(PreTrainedModel, GenerationMixin):
                 loss = mean_over_ranks(loss, (targets != IGNORE).sum(), group)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
+
+    def _read_ahead(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: ZooCache, kept: int | Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Let the cache take in a long text piece by piece; what is returned is its end, whose logits are asked for."""
+        if input_ids is None or input_ids.dim() != 2 or torch.is_grad_enabled() or active_group() is not None:
+            return input_ids, attention_mask
+        ahead = 0
+        if isinstance(kept, int) and kept > 0:
+            ahead = max(0, input_ids.shape[1] - kept) // PREFILL_CHUNK * PREFILL_CHUNK
+        if ahead == 0:
+            return input_ids, attention_mask
+        mask = attention_mask
+        if mask is not None:
+            mask = Padding.columns(mask, *input_ids.shape, cache.length)
+        for start in range(0, ahead, PREFILL_CHUNK):
+            piece = slice(start, start + PREFILL_CHUNK)
+            self.hidden_states(input_ids[:, piece], None if mask is None else mask[:, piece], past_key_values=cache)
+        return input_ids[:, ahead:], None if mask is None else mask[:, ahead:]
 
     def prepare_inputs_for_generation(
         self,

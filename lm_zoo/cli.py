@@ -80,7 +80,13 @@ def build_parser() -> Parser:
 
     generate = commands.add_parser("generate", help="continue a prompt, token by token")
     generate.add_argument("model", metavar="MODEL", type=Path, help="folder of a saved model with its tokenizer")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads standard input")
+    generate.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input")
+    generate.add_argument(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="go on from where an earlier run stopped, and keep where this one does",
+    )
     generate.add_argument(
         "--temperature", type=_non_negative, default=0.8, help="0: always the likeliest token (default 0.8)"
     )
@@ -126,20 +132,26 @@ def _generate(arguments: argparse.Namespace) -> None:
     from lm_zoo.eval.generation import generate
     from lm_zoo.eval.loading import decode_utf8, load_model
 
-    prompt = arguments.prompt
+    prompt, state = arguments.prompt, arguments.state
+    is_new = state is not None and not state.exists()
+    if prompt is None and (state is None or is_new):
+        raise UserError("give --prompt TEXT, or --state FILE of an earlier run; see `lm-zoo generate --help`")
     if prompt == "-":
         prompt = decode_utf8(sys.stdin.buffer.read(), "the prompt on standard input")
     model, tokenizer = load_model(arguments.model)
     generate(
         model,
         tokenizer,
-        prompt,
+        prompt or "",
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
         max_tokens=arguments.max_tokens,
         stream=sys.stdout,
+        state=state,
     )
+    if is_new:
+        print(f"lm-zoo: {state} is new: the text began here", file=sys.stderr)
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lm_zoo import ZooConfig, ZooForCausalLM
 from lm_zoo.cli import main
@@ -205,6 +206,49 @@ class TestGenerate:
     )
     def test_refuses_impossible_options(self, saved, refused, options, expected):
         assert expected in refused("generate", saved, "--prompt", "a", *options)
+
+    def run(self, saved, *options):
+        assert main(["generate", str(saved), "--temperature", "0", *map(str, options)]) == 0
+
+    def test_a_session_goes_on(self, saved, tmp_path, capsys):
+        """Two runs of 6 tokens write what one of 12 does; the third adds to the text."""
+        state = tmp_path / "state"
+        self.run(saved, "--prompt", "ab", "--max-tokens", 12, "--state", tmp_path / "whole")
+        whole = capsys.readouterr().out
+        self.run(saved, "--prompt", "ab", "--max-tokens", 6, "--state", state)
+        out, err = capsys.readouterr()
+        assert err == f"lm-zoo: {state} is new: the text began here\n"
+        self.run(saved, "--max-tokens", 6, "--state", state)
+        more, err = capsys.readouterr()
+        assert err == ""
+        assert out.rstrip("\n") + more == whole
+        found, expected = load_file(state), load_file(tmp_path / "whole")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        self.run(saved, "--prompt", "cd", "--max-tokens", 6, "--state", state)
+        assert capsys.readouterr().out.startswith("cd")
+
+    def test_refuses_a_session_without_a_text(self, saved, tmp_path, refused):
+        assert "give --prompt TEXT" in refused("generate", saved)
+        assert "give --prompt TEXT" in refused("generate", saved, "--state", tmp_path / "absent")
+
+    def test_refuses_a_state_that_is_none(self, saved, model, tmp_path, refused):
+        state = tmp_path / "state"
+        self.run(saved, "--prompt", "ab", "--max-tokens", 2, "--state", state)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"norm_eps": 0.1}))
+        command = ("--prompt", "a", "--state", state)
+        assert "state of another model" in refused("generate", model, *command)
+        state.write_bytes(state.read_bytes()[:-1])
+        assert "no state file, or cut short" in refused("generate", saved, *command)
+
+    def test_refuses_a_prompt_that_encodes_to_nothing(self, model, tmp_path, refused):
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (model / name).exists():
+                kept = {k: v for k, v in json.loads((model / name).read_text()).items() if not k.endswith("_token")}
+                (model / name).write_text(json.dumps(kept))
+        assert "the tokenizer has no start token" in refused("generate", model, "--prompt", "")
+        assert "no start token" in refused("generate", model, "--prompt", "", "--state", tmp_path / "state")
 
 
 class TestList:

@@ -25,17 +25,7 @@ class Padding:
 
         The mask is `[B, T]`, or `[B, past + T]` with the columns of a cache before; only the last T matter.
         """
-        if (
-            attention_mask.dim() != 2
-            or attention_mask.shape[0] != batch
-            or (attention_mask.shape[1] not in (length, past + length))
-        ):
-            raise ValueError(
-                f"attention_mask must be [B, T] = [{batch}, {length}]"
-                + (f" or [B, past + T] = [{batch}, {past + length}]" if past else "")
-                + f", got {list(attention_mask.shape)}"
-            )
-        mask = attention_mask[:, -length:].bool()
+        mask = cls.columns(attention_mask, batch, length, past).bool()
         group = active_group()
         if group is not None:
             group.check_length(length, mask.device)
@@ -46,6 +36,21 @@ class Padding:
         if group is not None:
             return SharedPadding.of(index, mask, group)
         return cls(index, F.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)), (batch, length))
+
+    @staticmethod
+    def columns(attention_mask: Tensor, batch: int, length: int, past: int = 0) -> Tensor:
+        """The last T columns of such a mask."""
+        if (
+            attention_mask.dim() != 2
+            or attention_mask.shape[0] != batch
+            or (attention_mask.shape[1] not in (length, past + length))
+        ):
+            raise ValueError(
+                f"attention_mask must be [B, T] = [{batch}, {length}]"
+                + (f" or [B, past + T] = [{batch}, {past + length}]" if past else "")
+                + f", got {list(attention_mask.shape)}"
+            )
+        return attention_mask[:, -length:]
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` to `[1, tokens, ...]`."""
