@@ -1,6 +1,7 @@
 """`lm-zoo linearize`: options, estimates, and one line for everything that can be wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,12 @@ def test_a_dry_run_of_a_stream_names_memory_and_disk(capsys) -> None:
     hidden = (20_000_000 + 2 * 131_072 + 2 * 4 * 64) * 32 * 4
     disk = next(line for line in lines if line.startswith("disk"))
     assert f"{hidden / 2**30:.1f} GiB beside it for hidden states" in disk
-    assert any(line.startswith("read from the disk: ") for line in lines)
+    read = next(line for line in lines if line.startswith("read from the disk: "))
+    gibibytes, reading = re.search(r"([\d.]+) GiB of weights, in (\d+) seconds at an assumed 2 GB/s$", read).groups()
+    assert int(reading) == pytest.approx(float(gibibytes) * 2**30 / 2e9, abs=1)
+    stages = [int(line.split()[-2]) for line in lines if line.startswith(("transfer", "recover"))]
+    assert int(lines[-1].split()[1]) == pytest.approx(sum(stages) + int(reading), abs=2)
+    assert lines[-1].endswith("with the reading; measurements come on top")
 
 
 def test_help(capsys) -> None:

@@ -77,17 +77,19 @@ def head_lines(found: Estimate, tflops: float | None) -> list[str]:
     ]
 
 
-def time_lines(found: Estimate) -> list[str]:
+def time_lines(found: Estimate, reading: float | None = None) -> list[str]:
+    """reading: seconds for weights that come from the disk over and over."""
     lines = [
         f"{name}: {trained_parameters(found.student, stage):,} parameters trained, {stage.tokens:,} tokens in "
         f"{duration(found.seconds(stage))}"
         for name, stage in found.spec.stages.items()
     ]
     seconds = sum(found.seconds(stage) for stage in found.spec.stages.values())
-    return [
-        *lines,
-        f"time: {duration(seconds)}, at {ACHIEVED:.0%} of that speed; measurements and reading come on top",
-    ]
+    if reading is None:
+        how = f"at {ACHIEVED:.0%} of that speed; measurements and reading come on top"
+    else:
+        how = f"at {ACHIEVED:.0%} of that speed and with the reading; measurements come on top"
+    return [*lines, f"time: {duration(seconds + (reading or 0.0))}, {how}"]
 
 
 def student_on_meta(teacher: str | Path, spec: LinearizeSpec) -> LinearizedForCausalLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -25,10 +26,11 @@ from lm_zoo.train.linearize.estimate import (
     weights_memory,
 )
 from lm_zoo.train.linearize.sampling import TEXTS_AT_A_TIME
-from lm_zoo.train.linearize.sizes import size
+from lm_zoo.train.linearize.sizes import duration, size
 from lm_zoo.train.linearize.spec import LinearizeSpec, Recover, Stage
 
 CONTINUATION = 24  # tokens of the report's continuations: each takes all the weights from the disk
+DISK_SPEED = 2e9  # bytes per second, of a solid-state disk; not measured, and said to be assumed
 
 
 def check_streamable(spec: LinearizeSpec) -> None:
@@ -90,9 +92,10 @@ def check_memory(student: LinearizedForCausalLM, spec: LinearizeSpec, max_memory
     needed = memory_needed(student, spec, student.dtype)
     worst = max(needed, key=needed.get)
     if needed[worst] + started > max_memory:
+        least = math.ceil((needed[worst] + started) / 2**20)
         raise UserError(
             f"--max-memory {size(max_memory)} is too little: {worst} needs {size(needed[worst] + started)}, "
-            f"{size(started)} of it for the process itself; allow that much, or lower the batch or the length"
+            f"{size(started)} of it for the process itself; allow {least}MiB, or lower the batch or the length"
         )
 
 
@@ -140,14 +143,16 @@ def estimate_stream(
     bound = "" if max_memory is None else f"; --max-memory allows {size(max_memory)}"
     tokens = 0 if spec.transfer is None else spec.transfer.tokens
     beside, output = disk_needed(student, spec, dtype, tokens)
+    read = bytes_read(student, spec, dtype)
     return [
         *head_lines(found, tflops),
         *(f"memory for {name}: {size(value + started)}" for name, value in needed.items()),
         f"peak memory: {size(max(needed.values()) + started)}{bound}",
         f"disk: {size(output)} for the student, {size(beside)} beside it for hidden states and checkpoints until it is "
         "done",
-        f"read from the disk: {size(bytes_read(student, spec, dtype))} of weights",
-        *time_lines(found),
+        f"read from the disk: {size(read)} of weights, in {duration(read / DISK_SPEED)} at an assumed "
+        f"{DISK_SPEED / 1e9:g} GB/s",
+        *time_lines(found, reading=read / DISK_SPEED),
     ]
 
 

@@ -36,7 +36,7 @@ from lm_zoo.train.linearize.stream_transfer import (
     mean_loss,
     perplexity,
 )
-from lm_zoo.train.linearize.stream_weights import Checkpoint
+from lm_zoo.train.linearize.stream_weights import Checkpoint, return_freed_tensors
 from lm_zoo.train.linearize.teacher import find_teacher
 from lm_zoo.train.linearize.work import work_path
 from lm_zoo.train.order import RowOrder
@@ -64,6 +64,7 @@ class StreamRun(Run):
     def __init__(self, *given, max_memory: int | None) -> None:
         spec = given[1]
         check_streamable(spec)
+        return_freed_tensors()
         super().__init__(*given)
         check_memory(self.student, self.spec, max_memory)
         self.student.read_from(self.checkpoint)

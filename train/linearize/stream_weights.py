@@ -7,6 +7,7 @@ process for as long as the file is open, and nothing bounds them.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
@@ -21,6 +22,8 @@ from lm_zoo.errors import UserError, one_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+M_MMAP_THRESHOLD = -3  # of mallopt, in the C library's malloc.h
+SMALLEST_MAPPED = 2**20  # bytes
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -73,6 +76,17 @@ class Checkpoint:
         with entry.file.open("rb") as file:
             read = [_read(file, entry, entry.start + row * size, shape) for row in rows]
         return torch.stack(read).to(device=device, dtype=dtype)
+
+
+def return_freed_tensors() -> None:
+    """Has malloc of the GNU C library take pages of their own for tensors, which go back when they are freed.
+
+    It takes them from its heap otherwise, where the hidden states that a backward pass needs lie between what each
+    layer has freed, so that no page goes back and the heap grows by a layer's activations with every layer.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, SMALLEST_MAPPED)
 
 
 def read_bytes(file, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor | None:
