@@ -27,6 +27,7 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "MultiScaleRetention",
+    "PrefixStore",
     "SoftmaxAttention",
     "ZooCache",
     "ZooConfig",
@@ -61,6 +62,7 @@ if importlib.util.find_spec("transformers") is not None:
     )
     from lm_zoo.linearized import LinearizedConfig, LinearizedForCausalLM
     from lm_zoo.model import ZooForCausalLM, ZooModel
+    from lm_zoo.prefix_store import PrefixStore
 
     AutoConfig.register(ZooConfig.model_type, ZooConfig, exist_ok=True)
     AutoConfig.register(LinearizedConfig.model_type, LinearizedConfig, exist_ok=True)
