@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm_zoo.causal_lm import CausalLM
@@ -78,7 +79,8 @@ def layer_statistics(model: CausalLM, tokens: Tensor) -> list[dict[str, Any]]:
         if name not in state:
             continue
         if isinstance(mixer, S4D):  # the same at every token, so no op is told
-            decays[index] = mixer.discrete(torch.complex64)[0].real.exp()
+            decay = mixer.discrete(torch.complex64)[0].real.exp()
+            decays[index] = decay.full_tensor() if isinstance(decay, DTensor) else decay
         decay = decays.get(index)
         forgotten = torch.zeros(1) if decay is None else (1 - decay.flatten().double()).clamp(min=0)
         layers.append(
