@@ -70,7 +70,8 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 def _summary(report: dict[str, Any]) -> str:
     closed = report["gap_closed"]
-    share = "" if closed is None else f" {closed:.0%} of the gap between the window alone and the teacher is closed."
+    gap = "of the gap between the window alone and the teacher is closed"
+    share = "" if closed is None else f" {closed:.0%} {gap}." if closed > 0 else f" Nothing {gap}."
     replaced = report["layers"] - len(report["kept_layers"])
     return (
         f"{replaced} of {report['layers']} attention layers replaced by {report['spec']['mixer']}; "
@@ -134,7 +135,7 @@ def _errors(report: dict[str, Any]) -> str:
         if errors[when] is not None:
             heights = [errors[when][layer] for layer in layers]
             axes.bar([layer + offset for layer in layers], heights, 0.4, label=f"{when} the transfer")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, not on them
     axes.xaxis.get_major_locator().set_params(integer=True)
     return f"<h2>Error of each layer's attention</h2>{_svg(figure)}"
 
