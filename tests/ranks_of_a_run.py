@@ -46,7 +46,8 @@ def train(out: Path, text: Path, *, parallel=None, model=None, data=None, every_
     module = ZooModule(**{"config": CONFIG, "warmup": 0.0, "z_loss": 0.01, **(model or {})})
     fit(
         module, rows, out, accelerator="cpu", callbacks=[losses], enable_progress_bar=False, log_every_n_steps=1,
-        plugins=[DoublePrecision()] if options.pop("double", True) else [], checkpoints=Checkpoints(every_n_steps, keep=0),
+        plugins=[DoublePrecision()] if options.pop("double", True) else [],
+        checkpoints=Checkpoints(every_n_steps, keep=0),
         parallel=None if parallel is None else Parallel(**parallel), **options,
     )  # fmt: skip
     return losses.steps
