@@ -19,7 +19,7 @@ from lm_zoo.layers import MIXERS
 from lm_zoo.model import ZooForCausalLM
 from lm_zoo.prefix_store import PrefixStore
 
-SIZES = {"vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 12}
+VOCABULARY = 4096
 
 
 def seconds_of(model: ZooForCausalLM, prompts: torch.Tensor, answer: int, store: PrefixStore | None) -> float:
@@ -36,6 +36,8 @@ def seconds_of(model: ZooForCausalLM, prompts: torch.Tensor, answer: int, store:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lm_zoo.eval.bench_prefix", description=__doc__.splitlines()[0])
     parser.add_argument("--mixer", choices=MIXERS, default="gla")
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--prefix", type=int, default=10_000, help="tokens that all requests share")
     parser.add_argument("--own", type=int, default=16, help="tokens of a request after them")
     parser.add_argument("--answer", type=int, default=8, help="tokens that each request is answered with")
@@ -46,10 +48,15 @@ def main() -> None:
     if arguments.json:
         check_writable(arguments.json)
     torch.manual_seed(0)
-    model = ZooForCausalLM(ZooConfig(**SIZES, mixers={arguments.mixer: {}})).eval()
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": arguments.hidden_size,
+        "num_hidden_layers": arguments.layers,
+    }
+    model = ZooForCausalLM(ZooConfig(**sizes, mixers={arguments.mixer: {}})).eval()
     generator = torch.Generator().manual_seed(0)
-    prefix = torch.randint(SIZES["vocab_size"], (1, arguments.prefix), generator=generator)
-    own = torch.randint(SIZES["vocab_size"], (arguments.requests, arguments.own), generator=generator)
+    prefix = torch.randint(VOCABULARY, (1, arguments.prefix), generator=generator)
+    own = torch.randint(VOCABULARY, (arguments.requests, arguments.own), generator=generator)
     prompts = torch.cat([prefix.expand(arguments.requests, -1), own], dim=1)
     one, all_of_them = [], []
     for _ in range(arguments.turns):
@@ -59,7 +66,7 @@ def main() -> None:
     result = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "model": {**SIZES, "mixer": arguments.mixer, "parameters": model.num_parameters()},
+        "model": {**sizes, "mixer": arguments.mixer, "parameters": model.num_parameters()},
         "prefix": arguments.prefix,
         "own": arguments.own,
         "answer": arguments.answer,
