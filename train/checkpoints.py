@@ -147,8 +147,13 @@ class ForgetLater(L.Callback):
         for path in reversed(find_checkpoints(folder)):  # a kill here leaves no gap
             if step_of(path) > trainer.global_step:
                 remove_folder(path)
+        remove_leftovers(folder.parent)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what killed processes left of outputs of the run in `out`."""
+    for folder in (out / "checkpoints", out):
         remove_unfinished(folder)
-        remove_unfinished(folder.parent)
 
 
 class WholeFolderIO(TorchCheckpointIO):

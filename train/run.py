@@ -28,6 +28,7 @@ from lm_zoo.train.checkpoints import (
     checkpoint_to_resume,
     find_checkpoints,
     lost_a_process,
+    remove_leftovers,
 )
 from lm_zoo.train.data import TextData
 from lm_zoo.train.layer_statistics import LayerStatistics
@@ -121,6 +122,7 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
         raise
     weights = full_weights(trainer, module.model)  # of all processes
     if trainer.is_global_zero:
+        remove_leftovers(out)  # ForgetLater has not come by in a run that was killed after its last step
         export(module, out / "model", weights)
     return trainer
 

@@ -150,6 +150,17 @@ def test_a_full_disk_at_the_end_leaves_the_run_to_be_finished(start_run, tmp_pat
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+def test_what_a_kill_after_the_last_step_left_is_removed(start_run, tmp_path) -> None:
+    """Then the resumed run does not train, and only exports."""
+    start_run("run", max_steps=2)
+    left = [tmp_path / "run" / ".model-abc.tmp", tmp_path / "run" / "checkpoints" / ".step-00000001-7.tmp"]
+    for folder in left:
+        folder.mkdir()
+    start_run("run", max_steps=2, resume="last")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert [folder for folder in left if folder.exists()] == []
+
+
 def test_damaged_or_foreign_checkpoints_are_refused(start_run, tmp_path, tiny) -> None:
     start_run("run", max_steps=2)
     with pytest.raises(UserError, match="already holds a run; continue it with --resume last"):
