@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from lm_zoo.commands.arguments import Parser
 from lm_zoo.errors import UserError
 from lm_zoo.train.prepare import TOKENIZER, prepare
 from lm_zoo.train.quiet import quiet_libraries
@@ -40,7 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(argv: list[str]) -> None:
+    parser = Parser(prog="lm-zoo data", description="Text at size.")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    add_arguments(actions.add_parser("prepare", help="tokenise text into a folder that lm-zoo train reads"))
+    _prepare(parser.parse_args(argv))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
     for name, low in (("max_tokens", 1), ("workers", 1), ("vocab_size", SMALLEST_BPE)):
         value = getattr(arguments, name)
         if value is not None and value < low:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from lm_zoo.commands.arguments import Parser
 from lm_zoo.errors import UserError
 from lm_zoo.train.checkpoints import Interrupted
 from lm_zoo.train.linearize.data import TextOptions
@@ -52,11 +53,6 @@ def run(argv: list[str]) -> None:
         print("stopped; the same command with --resume continues", file=sys.stderr)
         sys.exit(128 + interrupted.signum)
     print("\n".join([*summary(report), f"the student and its report are in {arguments.output}"]))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def build_parser() -> Parser:

@@ -1,0 +1,1 @@
+"""`lm-eval`, the harness of published tables, on models with a recurrent state."""

@@ -1,0 +1,1 @@
+"""Synthetic tasks: what a mixer can and cannot do, from data made of a seed."""

@@ -1,0 +1,53 @@
+"""`lm-zoo generate MODEL --prompt TEXT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lm_zoo.commands.arguments import non_negative, positive, probability, seed
+from lm_zoo.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a saved model with its tokenizer")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="go on from where an earlier run stopped, and keep where this one does",
+    )
+    parser.add_argument(
+        "--temperature", type=non_negative, default=0.8, help="0: always the likeliest token (default 0.8)"
+    )
+    parser.add_argument("--top-p", type=probability, default=0.95, help="nucleus sampling (default 0.95)")
+    parser.add_argument("--seed", type=seed, default=0, help="same seed, same text (default 0)")
+    parser.add_argument("--max-tokens", type=positive, default=200, metavar="N", help="(default 200)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from lm_zoo.eval.generation import generate
+    from lm_zoo.eval.loading import decode_utf8, load_model
+
+    prompt, state = arguments.prompt, arguments.state
+    is_new = state is not None and not state.exists()
+    if prompt is None and (state is None or is_new):
+        raise UserError("give --prompt TEXT, or --state FILE of an earlier run; see `lm-zoo generate --help`")
+    if prompt == "-":
+        prompt = decode_utf8(sys.stdin.buffer.read(), "the prompt on standard input")
+    model, tokenizer = load_model(arguments.model)
+    generate(
+        model,
+        tokenizer,
+        prompt or "",
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+        stream=sys.stdout,
+        state=state,
+    )
+    if is_new:
+        print(f"lm-zoo: {state} is new: the text began here", file=sys.stderr)
