@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_zoo.kernels import linear_attention, linear_attention_step
+from lm_zoo.layers.along_time import along_time
 
 
 class LayerState:
@@ -146,6 +147,7 @@ def recurrent_state(batch_size: int, heads: int, key_size: int, value_size: int,
     return torch.zeros(batch_size, heads, key_size, value_size, device=device, dtype=dtype)
 
 
+@along_time("v")
 def recur(
     q: Tensor,
     k: Tensor,

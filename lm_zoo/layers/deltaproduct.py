@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_zoo.kernels import l2_norm
+from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size, head_size
 from lm_zoo.layers.deltanet import write_strength
@@ -126,7 +127,13 @@ class DeltaProduct(QKVMixer):
         if self.gated:
             log_decay = self.log_decay(self.decay_proj(x))
             log_decay = F.pad(log_decay[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
-        borders = None if cu_seqlens is None else n * cu_seqlens
-        o = recur(q, l2_norm(k), v, log_decay, beta, micro_steps=n, state=state, cu_seqlens=borders)[:, n - 1 :: n]
+        o = self._steps(q, l2_norm(k), v, log_decay, beta, state, cu_seqlens)
         gate = self.gate_proj(x).unflatten(-1, (heads, -1)) if self.gated else None
         return self.norm(o, gate).flatten(2)
+
+    @along_time("v")
+    def _steps(self, q, k, v, log_decay, beta, state, cu_seqlens) -> Tensor:
+        """o of T tokens, `[B, T, H, V]`, from the `[B, n T, H, *]` of their steps."""
+        n = self.num_householders
+        borders = None if cu_seqlens is None else n * cu_seqlens
+        return recur(q, k, v, log_decay, beta, micro_steps=n, state=state, cu_seqlens=borders)[:, n - 1 :: n]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_zoo.kernels.linear_scan import linear_scan, linear_scan_step
+from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.checks import check_flag, check_index, check_input, check_positive, check_size
 from lm_zoo.modules.init import fill_
@@ -91,6 +92,7 @@ class HGRN(Mixer):
         return self.o_proj(self.norm(h, gate).to(i.dtype))
 
 
+@along_time("x")
 def scan(x: Tensor, decay: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
     """`linear_scan` that continues from `state["h"]` and leaves the final state there."""
     if state is None:

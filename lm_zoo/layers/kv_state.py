@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lm_zoo.kernels.checks import check_bounds
 from lm_zoo.kernels.sequence_parallel import Segment, SequenceGroup, active_group, alone, gather_tokens, tokens_before
+from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState
 from lm_zoo.modules.attention import attend, attend_window
 
 
+@along_time("v", time=2)
 def softmax_attention(
     q: Tensor,
     k: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_zoo.kernels.checks import check_option
+from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_positive, check_size
 from lm_zoo.layers.qkv import QKVMixer
@@ -100,11 +101,14 @@ class LinearAttention(QKVMixer):
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
         q, k = self.q_map(q), self.k_map(k)
         # All in float32: the sums of a long text overflow float16, and in bfloat16 their quotient is coarse.
-        wide = v.to(q.dtype)
+        o = self._average(q, k, v.to(q.dtype), state, cu_seqlens)
+        return (o if self.norm is None else self.norm(o)).flatten(2).to(v.dtype)
+
+    @along_time("v")
+    def _average(self, q, k, v, state, cu_seqlens) -> Tensor:
+        """o of features q and k; without the denominator it is a sum."""
         if self.norm is not None:
-            o = self.norm(recur(q, k, wide, state=state, cu_seqlens=cu_seqlens))
-        else:
-            wide = torch.cat([wide, torch.ones_like(wide[..., :1])], dim=-1)
-            o = recur(q, k, wide, scale=1.0, state=state, cu_seqlens=cu_seqlens)
-            o = o[..., :-1] / (o[..., -1:] + EPS)
-        return o.flatten(2).to(v.dtype)
+            return recur(q, k, v, state=state, cu_seqlens=cu_seqlens)
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+        o = recur(q, k, v, scale=1.0, state=state, cu_seqlens=cu_seqlens)
+        return o[..., :-1] / (o[..., -1:] + EPS)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_zoo.kernels import selective_scan, selective_scan_step
+from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.checks import check_input, check_positive, check_size
 from lm_zoo.modules.init import fill_
@@ -100,6 +101,7 @@ class Mamba(Mixer):
         return self.out_proj(scan(u, dt, A, B, C, self.D, z, state, cu_seqlens))
 
 
+@along_time("u", gate="z")
 def scan(u, dt, A, B, C, D, z, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
     """`selective_scan` that continues from `state["h"]` and leaves the final state there."""
     if state is None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size, expanded
 from lm_zoo.layers.qkv import QKVMixer
@@ -133,17 +134,21 @@ class Mamba2(QKVMixer):
         v = v.unflatten(-1, (self.num_heads, -1))
         k, q = (u.unflatten(-1, (self.num_groups, -1)) for u in (k, q))
         dt = self.log_decay.time_step(dt).clamp(*self.dt_limit)
+        return self.norm(self._read(q, k, v, dt, state, cu_seqlens).flatten(2), z)
+
+    @along_time("x")
+    def _read(self, q, k, x, dt, state, cu_seqlens) -> Tensor:
+        """o of the recurrence above, `[B, T, H, V]`."""
         log_decay, sign = self.log_decay.of(dt), None
-        write = (dt[..., None] * v).to(v.dtype)
+        write = (dt[..., None] * x).to(x.dtype)
         if self.allow_negative_eigenvalues:
             log_decay, negative = stretched(log_decay)
-            sign = running_sign(negative, state, cu_seqlens)[..., None].to(v.dtype)
+            sign = running_sign(negative, state, cu_seqlens)[..., None].to(x.dtype)
             write = write * sign
         o = recur(q, k, write, log_decay, scale=1.0, state=state, cu_seqlens=cu_seqlens)
         if sign is not None:
             o = o * sign
-        o = torch.addcmul(o, v, self.D.to(v.dtype)[:, None])
-        return self.norm(o.flatten(2), z)
+        return torch.addcmul(o, x, self.D.to(x.dtype)[:, None])
 
 
 class GatedGroupNorm(RMSNorm):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lm_zoo.kernels.checks import check_option
 from lm_zoo.kernels.sequence_parallel import active_group, refuse_steps
+from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.checks import check_input, check_size
 from lm_zoo.modules.diagonal_ssm import convolve, scan_texts
@@ -85,6 +86,7 @@ class S4D(Mixer):
         u, w = self.o_proj(F.gelu(s).to(x.dtype)).chunk(2, dim=-1)
         return u * torch.sigmoid(w)
 
+    @along_time("x")
     def _mix(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
         """s of x, both in float32 at least."""
         skip = self.D.to(x.dtype) * x
