@@ -115,7 +115,8 @@ def conv_backward(
     dy = dy.contiguous()
     batch, length, channels = x.shape
     width = weight.shape[1]
-    blocks, runs = triton.cdiv(channels, BLOCK_D), triton.cdiv(length, RUN)
+    run = min(RUN, max(BACKWARD_BLOCK_T, triton.next_power_of_2(length)))
+    blocks, runs = triton.cdiv(channels, BLOCK_D), triton.cdiv(length, run)
     dx = x.new_empty(x.shape)
     sums = x.new_empty(batch, runs, width + 1, channels, dtype=torch.float32)  # of every run: dweight, and dbias
     backward_kernel[(runs, blocks, batch)](
@@ -133,7 +134,7 @@ def conv_backward(
         *x.stride()[:2],
         BLOCK_T=BACKWARD_BLOCK_T,
         BLOCK_D=BLOCK_D,
-        RUN=RUN,
+        RUN=run,
         TAPS=triton.next_power_of_2(width + 1),
         **flags,
     )

@@ -141,11 +141,13 @@ def backward_kernel(
     dx_ptr += tl.cast(batch, tl.int64) * T * D
     tap = tl.arange(0, TAPS)
     dweight = tl.zeros([TAPS, BLOCK_D], tl.float32)
-    for first in range(run * RUN, tl.minimum(run * RUN + RUN, T), BLOCK_T):
+    # Up to RUN, not to T: with a bound that is no constant, ptxas for Hopper keeps a register of the loop in memory.
+    for tile in range(RUN // BLOCK_T):
+        first = run * RUN + tile * BLOCK_T
         token = first + offset
         row, begin = sequence_of(sequences_ptr, cu_seqlens_ptr, token, T)
         x_tile = x_ptr + tl.cast(first, tl.int64) * x_stride
-        tile = tl.cast(first, tl.int64) * D
+        origin = tl.cast(first, tl.int64) * D
         dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for shift in tl.range(W, loop_unroll_factor=1):  # unrolled, it would not fit into the registers
             later = token + shift
@@ -167,7 +169,7 @@ def backward_kernel(
                 W,
             )
             inside = ((later < T) & (later_begin == begin))[:, None] & (channel < D)[None, :]
-            dy = tl.load(dy_ptr + tile + (offset[:, None] + shift) * D + channel[None, :], mask=inside, other=0.0)
+            dy = tl.load(dy_ptr + origin + (offset[:, None] + shift) * D + channel[None, :], mask=inside, other=0.0)
             dz = times_slope(dy.to(tl.float32), z, SILU)
             weight = tl.load(weight_ptr + channel * W + (W - 1 - shift), mask=channel < D, other=0.0).to(tl.float32)
             dx += weight[None, :] * dz
@@ -177,7 +179,7 @@ def backward_kernel(
                     x = load_input(x_tile, past_ptr, row, begin, token, offset, w - (W - 1), T, D, channel, x_stride, W)
                     dweight += tl.where((tap == w)[:, None], tl.sum(dz * x, axis=0)[None, :], 0.0)
         mask = (token < T)[:, None] & (channel < D)[None, :]
-        tl.store(dx_ptr + tile + offset[:, None] * D + channel[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + origin + offset[:, None] * D + channel[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     mask = (tap <= W)[:, None] & (channel < D)[None, :]
     tl.store(dweight_ptr + tap[:, None] * D + channel[None, :], dweight, mask=mask)
 
