@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lm_zoo.cache import ZooCache
 from lm_zoo.kernels.checks import check_cu_seqlens
 from lm_zoo.kernels.sequence_parallel import Segment, SequenceGroup, active_group, mean_over_ranks
+from lm_zoo.layers.prefix import prefix_tokens
 from lm_zoo.modules.padding import Padding
 
 IGNORE = -100  # the label of tokens that do not count
@@ -39,6 +40,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         past_key_values: ZooCache | None = None,
         cu_seqlens: Tensor | None = None,
+        prefix_length: int | Tensor | None = None,
     ) -> Tensor:
         """What `head` takes, `[B, T, D]`. Arguments as in `forward`; the cache, if given, takes in the tokens."""
         raise NotImplementedError(f"{type(self).__name__} does not define hidden_states")
@@ -69,6 +71,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: ZooCache | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        prefix_length: int | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         z_loss: float = 0.0,
         output_attentions: bool | None = None,
@@ -88,6 +91,9 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: a cache of `init_cache`, which the tokens continue and go into.
             use_cache: whether to make a cache where none is given.
             cu_seqlens: `[N + 1]`, borders of N documents packed along time; B = 1, and a cache has N rows.
+            prefix_length: how many tokens at the start of each text, padding not counted, see all of each other in the
+                layers that can do that (`PrefixMixer`; the others stay causal): one number, or one per text. They do
+                not count in the loss. In `generate` it is that of the prompt.
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0 is all. With a cache, no
                 gradients and a number above 0, a long text is read in pieces, whose memory does not grow with it.
             z_loss: weight of the squared log-partition in the loss, see `linear_cross_entropy`.
@@ -100,7 +106,8 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None and given is not None:
             past_key_values = self.init_cache(given.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
-        if labels is None and cu_seqlens is None and isinstance(past_key_values, ZooCache):
+        whole = labels is not None or cu_seqlens is not None or prefix_length is not None
+        if not whole and isinstance(past_key_values, ZooCache):
             input_ids, attention_mask = self._read_ahead(input_ids, attention_mask, past_key_values, logits_to_keep)
         hidden = self.hidden_states(
             input_ids,
@@ -108,6 +115,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             cu_seqlens=cu_seqlens,
+            prefix_length=prefix_length,
         )
         loss = logits = None
         if labels is None:
@@ -115,7 +123,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             logits = self.head(hidden[:, kept])
         else:
             mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
-            targets = next_labels(labels, hidden.shape[:2], mask, cu_seqlens)
+            targets = next_labels(labels, hidden.shape[:2], mask, cu_seqlens, prefix_length)
             hidden, targets = hidden.flatten(0, 1), targets.flatten()
             if (group := active_group()) is None:
                 loss = self.head_loss(hidden, targets, z_loss=z_loss)
@@ -156,6 +164,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     ):
         if past_key_values is not None and not is_first_iteration:
             attention_mask = None  # the padding is in the prompt, which the cache holds
+            kwargs.pop("prefix_length", None)  # and so is the prefix
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -256,14 +265,23 @@ def _embed(embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | N
 
 
 def next_labels(
-    labels: Tensor, shape: torch.Size, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    labels: Tensor,
+    shape: torch.Size,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    prefix_length: int | Tensor | None = None,
 ) -> Tensor:
-    """For every token the label of the next one in its document, `[B, T]`; -100 at the last, and at padding."""
+    """For every token the label of the next one in its document, `[B, T]`; -100 at the last, and at padding.
+
+    Also where the next one is of the prefix, which all tokens of the prefix have seen.
+    """
     if labels.shape != shape:
         raise ValueError(f"labels must be [B, T] = {list(shape)}, got {list(labels.shape)}")
     padding = None if attention_mask is None else Padding.find(attention_mask, *shape)
     if padding is not None:
         labels, cu_seqlens = padding.pack(labels), padding.cu_seqlens
+    if prefix_length is not None:
+        labels = labels.masked_fill(prefix_tokens(prefix_length, labels, cu_seqlens), IGNORE)
     targets = torch.full_like(labels, IGNORE)
     targets[:, :-1] = labels[:, 1:]
     if (group := active_group()) is not None and targets.numel():

@@ -1,5 +1,6 @@
 """The one model of the zoo: embeddings, blocks of a mixer and an MLP, a final norm, and the output embeddings."""
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lm_zoo.cache import ZooCache
 from lm_zoo.causal_lm import IGNORE, CausalLM, read_tokens
 from lm_zoo.config import ZooConfig
-from lm_zoo.layers import LayerState
+from lm_zoo.layers import MIXERS, LayerState, PrefixMixer
 from lm_zoo.modules.loss import linear_cross_entropy
 from lm_zoo.modules.mlp import SwiGLU
 from lm_zoo.modules.norm import RMSNorm
@@ -29,8 +30,15 @@ class Block(GradientCheckpointingLayer):
             self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), state=state, cu_seqlens=cu_seqlens)
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        prefix_length: int | Tensor | None = None,
+    ) -> Tensor:
+        prefix = {"prefix_length": prefix_length} if isinstance(self.mixer, PrefixMixer) else {}
+        x = x + self.mixer(self.mixer_norm(x), state=state, cu_seqlens=cu_seqlens, **prefix)
         return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
 
 
@@ -59,11 +67,14 @@ class ZooModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         past_key_values: ZooCache | None = None,
         cu_seqlens: Tensor | None = None,
+        prefix_length: int | Tensor | None = None,
     ) -> Tensor:
         """Arguments as in `CausalLM.forward`; the cache, where one is given, takes in the tokens."""
+        if prefix_length is not None:
+            self._check_prefix()
         return read_tokens(
             self.embed_tokens,
-            self._run,
+            partial(self._run, prefix_length=prefix_length),
             input_ids,
             attention_mask,
             inputs_embeds=inputs_embeds,
@@ -73,11 +84,19 @@ class ZooModel(nn.Module):
             checkpointing=self.training and self.layers[0].gradient_checkpointing,
         )
 
-    def _run(self, x: Tensor, cache: ZooCache | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _run(self, x, cache: ZooCache | None, cu_seqlens: Tensor | None, prefix_length: int | Tensor | None) -> Tensor:
         states = [None] * len(self.layers) if cache is None else cache.states
         for layer, state in zip(self.layers, states, strict=True):
-            x = layer(x, state, cu_seqlens)
+            x = layer(x, state, cu_seqlens, prefix_length)
         return self.norm(x)
+
+    def _check_prefix(self) -> None:
+        if not any(isinstance(layer.mixer, PrefixMixer) for layer in self.layers):
+            able = ", ".join(name for name, mixer in MIXERS.items() if issubclass(mixer, PrefixMixer))
+            mixers = ", ".join(dict.fromkeys(layer.mixer_name for layer in self.layers))
+            raise ValueError(
+                f"prefix_length needs a layer whose state has no order ({able}), this model has {mixers}: leave it out"
+            )
 
 
 class ZooForCausalLM(CausalLM):
@@ -116,7 +135,14 @@ class ZooForCausalLM(CausalLM):
         return ZooCache([layer.mixer.init_state(batch_size, **place) for layer in self.model.layers], model=self)
 
     def hidden_states(
-        self, input_ids=None, attention_mask=None, *, inputs_embeds=None, past_key_values=None, cu_seqlens=None
+        self,
+        input_ids=None,
+        attention_mask=None,
+        *,
+        inputs_embeds=None,
+        past_key_values=None,
+        cu_seqlens=None,
+        prefix_length=None,
     ) -> Tensor:
         return self.model(
             input_ids,
@@ -124,6 +150,7 @@ class ZooForCausalLM(CausalLM):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             cu_seqlens=cu_seqlens,
+            prefix_length=prefix_length,
         )
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lm_zoo.layers.lightning import LightningAttention
 from lm_zoo.layers.linear_attention import LinearAttention
 from lm_zoo.layers.mamba import Mamba
 from lm_zoo.layers.mamba2 import Mamba2
+from lm_zoo.layers.prefix import PrefixMixer
 from lm_zoo.layers.retention import MultiScaleRetention
 from lm_zoo.layers.s4d import S4D
 
@@ -53,5 +54,6 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "MultiScaleRetention",
+    "PrefixMixer",
     "SoftmaxAttention",
 ]

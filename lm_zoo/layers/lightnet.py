@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.base import LayerState, recurrent_state
 from lm_zoo.layers.checks import channels_per_head, check_positive, check_size
-from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.layers.prefix import PrefixMixer, recur_prefix
 from lm_zoo.modules.log_sum_exp import running_log_sum_exp
 from lm_zoo.modules.norm import RMSNorm
 
@@ -21,7 +21,7 @@ class LightNetState(LayerState):
         self["z"].fill_(-torch.inf)
 
 
-class LightNet(QKVMixer):
+class LightNet(PrefixMixer):
     r"""The additive recurrence of LightNet (Qin et al. 2024, arXiv 2405.21022), causal.
 
         z_t = log(exp(z_{t-1}) + exp(W_k x_t))                                                per key channel
@@ -40,7 +40,8 @@ class LightNet(QKVMixer):
         norm_eps: epsilon of the norm.
 
     The state is one float32 matrix `[B, H, K, V]` and z in float64, whatever the length of the text. z grows like
-    log t and its steps shrink like 1 / t, which float32 could no longer tell from 0 after some million tokens.
+    log t and its steps shrink like 1 / t, which float32 could no longer tell from 0 after some million tokens. As an
+    average has no order, it takes a `prefix_length`, see `PrefixMixer`.
     """
 
     paper = "Qin et al. 2024, arXiv 2405.21022"
@@ -90,7 +91,15 @@ class LightNet(QKVMixer):
         return {"num_heads": num_heads, "head_size": head_size}
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        *,
+        state: LayerState | None,
+        cu_seqlens: Tensor | None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         q, logits = F.silu(q), k
         if state is None:
@@ -101,7 +110,7 @@ class LightNet(QKVMixer):
         dtype = torch.promote_types(q.dtype, torch.float32)
         log_decay, k = (before - z).clamp(max=0).to(dtype), (logits - z).exp().to(q.dtype)
         q, k, v, log_decay = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v, log_decay))
-        o = recur(q, k, v, log_decay, scale=1.0, state=state, cu_seqlens=cu_seqlens)
+        o = recur_prefix(q, k, v, log_decay, prefix=prefix, scale=1.0, state=state, cu_seqlens=cu_seqlens)
         if state is not None:
             state.write("z", last)
         return self.norm(o.flatten(2), self.gate_proj(x))

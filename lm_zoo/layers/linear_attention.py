@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from lm_zoo.kernels.checks import check_option
 from lm_zoo.layers.along_time import along_time
-from lm_zoo.layers.base import LayerState, recur, recurrent_state
+from lm_zoo.layers.base import LayerState, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_positive, check_size
-from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.layers.prefix import PrefixMixer, recur_prefix
 from lm_zoo.modules.feature_maps import FEATURE_MAPS
 from lm_zoo.modules.norm import RMSNorm
 
 EPS = 1e-6  # added to the denominator, as in Katharopoulos's code: where no feature is active, 0 / 0 becomes 0
 
 
-class LinearAttention(QKVMixer):
+class LinearAttention(PrefixMixer):
     r"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) with a choice of feature map phi.
 
         S_t = S_{t-1} + phi(k_t) v_t^T       o_t = S_t^T phi(q_t) / (z_t . phi(q_t) + 1e-6)       per head
@@ -38,7 +38,7 @@ class LinearAttention(QKVMixer):
     The state is one float32 matrix `[B, H, features, V]`, whatever the length of the text; with the denominator it has
     a last column z, since v := [v, 1] makes both sums in one call. These sums do not forget: they grow with the text
     and are kept in float32, where each token adds a relative rounding error of 6e-8 at most and typically far less in
-    sum, as the errors are of either sign.
+    sum, as the errors are of either sign. It takes a `prefix_length`, see `PrefixMixer`.
     """
 
     paper = "Katharopoulos et al. 2020, arXiv 2006.16236"
@@ -96,19 +96,27 @@ class LinearAttention(QKVMixer):
         return {"num_heads": num_heads, "head_size": head_size, "value_size": head_size}
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, state: LayerState | None, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        *,
+        state: LayerState | None,
+        cu_seqlens: Tensor | None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
         q, k = self.q_map(q), self.k_map(k)
         # All in float32: the sums of a long text overflow float16, and in bfloat16 their quotient is coarse.
-        o = self._average(q, k, v.to(q.dtype), state, cu_seqlens)
+        o = self._average(q, k, v.to(q.dtype), state, cu_seqlens, prefix)
         return (o if self.norm is None else self.norm(o)).flatten(2).to(v.dtype)
 
     @along_time("v")
-    def _average(self, q, k, v, state, cu_seqlens) -> Tensor:
+    def _average(self, q, k, v, state, cu_seqlens, prefix) -> Tensor:
         """o of features q and k; without the denominator it is a sum."""
         if self.norm is not None:
-            return recur(q, k, v, state=state, cu_seqlens=cu_seqlens)
+            return recur_prefix(q, k, v, prefix=prefix, state=state, cu_seqlens=cu_seqlens)
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        o = recur(q, k, v, scale=1.0, state=state, cu_seqlens=cu_seqlens)
+        o = recur_prefix(q, k, v, prefix=prefix, scale=1.0, state=state, cu_seqlens=cu_seqlens)
         return o[..., :-1] / (o[..., -1:] + EPS)

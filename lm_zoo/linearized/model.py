@@ -156,8 +156,17 @@ class LinearizedForCausalLM(CausalLM):
         return ZooCache([*states, LayerState({"position": position})], model=self)
 
     def hidden_states(
-        self, input_ids=None, attention_mask=None, *, inputs_embeds=None, past_key_values=None, cu_seqlens=None
+        self,
+        input_ids=None,
+        attention_mask=None,
+        *,
+        inputs_embeds=None,
+        past_key_values=None,
+        cu_seqlens=None,
+        prefix_length=None,
     ) -> Tensor:
+        if prefix_length is not None:
+            raise ValueError("prefix_length is not for linearized models, which imitate causal attention: leave it out")
         if self._observer is not None and past_key_values is not None:
             raise ValueError(
                 "an observer stands in for attention without a state: leave out past_key_values and use_cache"
