@@ -89,17 +89,17 @@ class PrefixStore:
         elif len(prefixes) == 1:
             cache = prefixes[0].clone()
         else:
-            cache = _joined(prefixes)
+            cache = joined(prefixes)
         self._read(cache, input_ids[:, border:-1])
         return cache
 
     def _prefix(self, ids: Tensor) -> ZooCache:
         """The cache of one text `[1, n chunk]`, which the store may hold: not to be written into."""
-        keys = self._keys(ids)
+        keys = self.keys(ids)
         cache, start = None, len(keys)
         while cache is None and start > 0:
             start -= 1
-            cache = self._find(keys[start])
+            cache = self.find(keys[start])
         done = 0 if cache is None else (start + 1) * self.chunk
         self.tokens_found += done
         if done == ids.shape[1]:
@@ -107,7 +107,7 @@ class PrefixStore:
         cache = self.model.init_cache(1) if cache is None else cache.clone()
         for key, piece in zip(keys[done // self.chunk :], ids[:, done:].split(self.chunk, dim=1), strict=True):
             self._read(cache, piece)
-            self._keep(key, cache)
+            self.keep(key, cache)
         return cache
 
     def _read(self, cache: ZooCache, ids: Tensor) -> None:
@@ -115,8 +115,8 @@ class PrefixStore:
             self.model(ids, past_key_values=cache, logits_to_keep=1)
             self.tokens_read += ids.numel()
 
-    def _keys(self, ids: Tensor) -> list[bytes]:
-        """For each border the hash of all tokens before it."""
+    def keys(self, ids: Tensor) -> list[bytes]:
+        """For each border of a text `[1, n chunk]` the hash of all tokens before it, by which states are found."""
         found, keys = hashlib.sha256(str(self._place()).encode()), []
         for piece in ids[0].to(device="cpu", dtype=torch.int64).split(self.chunk):
             found.update(piece.numpy())
@@ -127,7 +127,10 @@ class PrefixStore:
         """Where states are and what they are computed in: those of a model that was moved are others."""
         return self.model.device, self.model._cache_dtype
 
-    def _find(self, key: bytes) -> ZooCache | None:
+    @torch.inference_mode(False)  # as in `prefill`
+    @torch.no_grad()
+    def find(self, key: bytes) -> ZooCache | None:
+        """The cache at a border: not to be written into."""
         cache = self._states.get(key)
         if cache is not None:
             self._states.move_to_end(key)
@@ -139,7 +142,10 @@ class PrefixStore:
         self._hold(key, cache)
         return cache
 
-    def _keep(self, key: bytes, cache: ZooCache) -> None:
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def keep(self, key: bytes, cache: ZooCache) -> None:
+        """Hold a copy of the cache at a border."""
         cache = cache.trim().clone()
         path = self._path(key)
         if path is not None and not path.exists():
@@ -160,7 +166,7 @@ class PrefixStore:
         return self.folder / self._model_id[:16] / f"{key.hex()}.safetensors"
 
 
-def _joined(caches: list[ZooCache]) -> ZooCache:
+def joined(caches: list[ZooCache]) -> ZooCache:
     """One cache of the rows of all, which have the same length."""
     joined = caches[0].fork(len(caches))
     for row, cache in enumerate(caches[1:], 1):
