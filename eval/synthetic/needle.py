@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from lm_zoo.causal_lm import IGNORE
 from lm_zoo.errors import UserError
-from lm_zoo.eval.synthetic.set_disjointness import distinct
+from lm_zoo.eval.synthetic.mqar import distinct
 from lm_zoo.eval.synthetic.task import Examples, Task
 from lm_zoo.layers.checks import check_size
 
@@ -73,13 +73,13 @@ class Needle(Task):
         fact, ask = self.vocab_size - 2, self.vocab_size - 1
         first_word = self.keys + self.values
         hay = length - 3 * self.questions + 1
-        keys = distinct(count, self.needles, self.keys, generator)
+        keys = distinct(count, self.keys, self.needles, generator)
         values = self.keys + torch.randint(self.values, (count, self.needles), generator=generator)
         tokens = torch.randint(first_word, first_word + self.words, (count, length), generator=generator)
         facts = torch.stack([torch.full_like(keys, fact), keys, values], dim=2)
         places = self._places(count, hay, generator)
         tokens.scatter_(1, (places[:, :, None] + torch.arange(3)).flatten(1), facts.flatten(1))
-        asked = distinct(count, self.questions, self.needles, generator)
+        asked = distinct(count, self.needles, self.questions, generator)
         questions = facts.gather(1, asked[:, :, None].expand(-1, -1, 3))
         questions[:, :, 0] = ask
         tokens[:, hay:] = questions.flatten(1)[:, :-1]
@@ -92,5 +92,5 @@ class Needle(Task):
         if self.depth is not None:
             return torch.full((count, 1), round(self.depth * (hay - 3)))
         # A fact counts as one place here and is widened to three after it was drawn.
-        places = distinct(count, self.needles, hay - 2 * self.needles, generator).sort(dim=1).values
+        places = distinct(count, hay - 2 * self.needles, self.needles, generator).sort(dim=1).values
         return places + 2 * torch.arange(self.needles)

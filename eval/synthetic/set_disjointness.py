@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from lm_zoo.causal_lm import IGNORE
 from lm_zoo.errors import UserError
+from lm_zoo.eval.synthetic.mqar import distinct
 from lm_zoo.eval.synthetic.task import Examples, Task
 from lm_zoo.layers.checks import check_size
 
@@ -92,14 +93,9 @@ class SetDisjointness(Task):
         """A `[N, first]`, B `[N, second]`, and the element of both `[N]`."""
         half = self.vocabulary // 2
         if self.same_half:
-            a, b = distinct(count, first + second, half, generator).split([first, second], dim=1)
+            a, b = distinct(count, half, first + second, generator).split([first, second], dim=1)
         else:
-            a, b = distinct(count, first, half, generator), half + distinct(count, second, half, generator)
+            a, b = distinct(count, half, first, generator), half + distinct(count, half, second, generator)
         shared = a.gather(1, torch.randint(first, (count, 1), generator=generator))
         place = torch.randint(second, (count, 1), generator=generator)
         return a, b.scatter(1, place, shared), shared.squeeze(1)
-
-
-def distinct(count: int, size: int, high: int, generator: Generator) -> Tensor:
-    """`[count, size]`: in each row `size` different numbers of [0, high), in random order."""
-    return torch.rand(count, high, generator=generator).topk(size, dim=1).indices
