@@ -4,7 +4,7 @@
 #   bash scripts/gpu_check.sh            writes docs/gpu/<device>.json, and a plot where matplotlib is installed
 #   bash scripts/gpu_check.sh --tests    the tests alone
 #
-# Needs torch, triton, einops, pytest and setuptools in the Python that it runs, $PYTHON or python3, and no network. With
+# Needs torch, triton, pytest and setuptools in the Python that it runs, $PYTHON or python3, and no network. With
 # flash-linear-attention installed it is measured beside.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -4,7 +4,7 @@
 #
 #   bash scripts/gpu_train_check.sh      writes docs/gpu/<device>-training.json
 #
-# Needs torch, triton, einops, transformers and setuptools in the Python that it runs, $PYTHON or python3, and no network.
+# Needs torch, triton, transformers and setuptools in the Python that it runs, $PYTHON or python3, and no network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
