@@ -40,8 +40,10 @@ class LightNet(PrefixMixer):
         norm_eps: epsilon of the norm.
 
     The state is one float32 matrix `[B, H, K, V]` and z in float64, whatever the length of the text. z grows like
-    log t and its steps shrink like 1 / t, which float32 could no longer tell from 0 after some million tokens. As an
-    average has no order, it takes a `prefix_length`, see `PrefixMixer`.
+    log t and its steps shrink like 1 / t, which float32 could no longer tell from 0 after some million tokens.
+
+    An average has no order: `layer(x, prefix_length=M)` lets the first M tokens see all of each other, see
+    `PrefixMixer`.
     """
 
     paper = "Qin et al. 2024, arXiv 2405.21022"

@@ -38,7 +38,9 @@ class LinearAttention(PrefixMixer):
     The state is one float32 matrix `[B, H, features, V]`, whatever the length of the text; with the denominator it has
     a last column z, since v := [v, 1] makes both sums in one call. These sums do not forget: they grow with the text
     and are kept in float32, where each token adds a relative rounding error of 6e-8 at most and typically far less in
-    sum, as the errors are of either sign. It takes a `prefix_length`, see `PrefixMixer`.
+    sum, as the errors are of either sign.
+
+    `layer(x, prefix_length=M)` lets the first M tokens see all of each other, see `PrefixMixer`.
     """
 
     paper = "Katharopoulos et al. 2020, arXiv 2006.16236"
