@@ -8,6 +8,9 @@ earlier window counted, so every token after the first is counted exactly once, 
 seen at least `context - stride` tokens. The definition is the same for models with a state and without; if the text
 fits into one window it is the plain perplexity of the whole text. The first token is context only, unless the tokenizer
 puts one of its own before the text.
+
+With a `prefix_length` M, the first M tokens of each window are a prefix, which sees all of itself (see `PrefixMixer`);
+what is counted comes after it: all but the first M tokens of the text.
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ class Perplexity:
     perplexity: float
     bits_per_byte: float
     nats: float  # the summed negative log-likelihood
-    tokens: int  # tokens counted: all but the first
-    bytes: int  # of the text in UTF-8
+    tokens: int  # tokens counted: all but the first, or the first prefix
+    bytes: int  # of the text in UTF-8, or of what comes after the first prefix
     context: int
     stride: int
+    prefix_length: int = 0
 
     def as_dict(self) -> dict[str, float | int]:
         return asdict(self)
@@ -49,11 +53,13 @@ def perplexity(
     *,
     context: int | None = None,
     stride: int | None = None,
+    prefix_length: int = 0,
 ) -> Perplexity:
     """Perplexity of `model` on `text`; see the module's docstring for the definition.
 
     context: tokens per window, at least 2; default 2,048, or the model's max_position_embeddings if that is less.
     stride: tokens from one window to the next, 1 to context - 1; default context // 2.
+    prefix_length: tokens at the start of each window that see all of each other, up to context - stride; 0 for none.
     Raises ValueError for a text of fewer than two tokens and for impossible windows.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -67,13 +73,19 @@ def perplexity(
         stride = context // 2
     if not 1 <= stride < context:
         raise UserError(f"stride must be from 1 to context - 1 = {context - 1}, got {stride}")
+    if not 0 <= prefix_length <= context - stride:
+        raise UserError(f"prefix_length must be from 0 to context - stride = {context - stride}, got {prefix_length}")
+    if prefix_length and not isinstance(model, CausalLM):
+        raise UserError(f"prefix_length is for models of lm_zoo, this one is a {type(model).__name__}: leave it out")
     # verbose=False: a text longer than the model's context is the point here, not a mistake to warn of
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    if len(ids) < 2:
-        raise UserError(f"the text is {len(ids)} tokens long; perplexity needs at least 2")
+    least = max(1, prefix_length) + 1
+    if len(ids) < least:
+        raise UserError(f"the text is {len(ids)} tokens long; perplexity needs at least {least}")
 
-    nats = sum_nats(model, ids, context=context, stride=stride)
-    tokens, size = len(ids) - 1, len(text.encode())
+    nats = sum_nats(model, ids, context=context, stride=stride, prefix_length=prefix_length)
+    counted = tokenizer.decode(ids[prefix_length:], clean_up_tokenization_spaces=False) if prefix_length else text
+    tokens, size = len(ids) - max(1, prefix_length), len(counted.encode())
     return Perplexity(
         perplexity=_exp(nats / tokens),
         bits_per_byte=nats / math.log(2) / size,
@@ -82,14 +94,18 @@ def perplexity(
         bytes=size,
         context=context,
         stride=stride,
+        prefix_length=prefix_length,
     )
 
 
 @torch.inference_mode()
-def sum_nats(model: PreTrainedModel, ids: Tensor, *, context: int, stride: int) -> float:
-    """The negative log-likelihood in nats of `ids[1:]`, each token counted in the first window that holds it."""
+def sum_nats(model: PreTrainedModel, ids: Tensor, *, context: int, stride: int, prefix_length: int = 0) -> float:
+    """The negative log-likelihood in nats of `ids[1:]`, each token counted in the first window that holds it.
+
+    With a prefix, of the tokens after the first one.
+    """
     total = 0.0
-    windows = [(0, 1)]  # (start, first position that counts)
+    windows = [(0, max(1, prefix_length))]  # (start, first position that counts)
     while windows[-1][0] + context < len(ids):
         start = windows[-1][0] + stride
         windows.append((start, start - stride + context))
@@ -102,14 +118,14 @@ def sum_nats(model: PreTrainedModel, ids: Tensor, *, context: int, stride: int) 
         labels = torch.stack([ids[start : start + context] for start, _ in group])
         for row, (start, first) in zip(labels, group, strict=True):
             row[: first - start] = IGNORE
-        nats = _zoo_nats if is_zoo else _logits_nats
-        total += nats(model, rows.to(model.device), labels.to(model.device))
+        rows, labels = rows.to(model.device), labels.to(model.device)
+        total += _zoo_nats(model, rows, labels, prefix_length) if is_zoo else _logits_nats(model, rows, labels)
     return total
 
 
-def _zoo_nats(model: CausalLM, rows: Tensor, labels: Tensor) -> float:
+def _zoo_nats(model: CausalLM, rows: Tensor, labels: Tensor, prefix_length: int) -> float:
     """The zoo's own loss, which never builds the logits of a whole window."""
-    hidden = model.hidden_states(rows)[:, :-1].flatten(0, 1)
+    hidden = model.hidden_states(rows, prefix_length=prefix_length or None)[:, :-1].flatten(0, 1)
     losses = model.head_loss(hidden, labels[:, 1:].flatten(), reduction="none")
     return losses.double().sum().item()
 

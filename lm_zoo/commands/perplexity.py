@@ -14,6 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there as well")
     parser.add_argument("--context", type=positive, metavar="N", help="tokens per window (default 2,048, or less)")
     parser.add_argument("--stride", type=positive, metavar="N", help="step of the window (default context / 2)")
+    parser.add_argument(
+        "--prefix-length",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="tokens of each window that see all of each other",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -25,7 +32,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         check_writable(arguments.json)
     model, tokenizer = load_model(arguments.model)
-    result = perplexity(model, tokenizer, text, context=arguments.context, stride=arguments.stride)
+    result = perplexity(
+        model,
+        tokenizer,
+        text,
+        context=arguments.context,
+        stride=arguments.stride,
+        prefix_length=arguments.prefix_length,
+    )
     print(f"perplexity     {result.perplexity:.4f}")
     print(f"bits per byte  {result.bits_per_byte:.4f}")
     print(f"tokens         {result.tokens:,} counted, windows of {result.context:,} every {result.stride:,}")

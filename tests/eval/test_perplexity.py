@@ -120,3 +120,37 @@ def test_result_fits_into_json(tokenizer):
 def test_refuses_what_it_cannot_measure(tokenizer, text, windows, message):
     with pytest.raises(ValueError, match=message):
         perplexity(llama(), tokenizer, text, **windows)
+
+
+def prefix_model(mixer="linear_attention"):
+    torch.manual_seed(0)
+    config = ZooConfig(
+        vocab_size=258, hidden_size=32, num_hidden_layers=2, initializer_range=0.3, mixers={mixer: {"num_heads": 2}}
+    )
+    return ZooForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize(("context", "stride", "prefix"), [(16, 5, 11), (16, 8, 3), (40, 20, 20), (50, 1, 30)])
+def test_what_comes_after_a_prefix_counts(context, stride, prefix, tokenizer):
+    model, text = prefix_model(), TEXT[:40]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    result = perplexity(model, tokenizer, text, context=context, stride=stride, prefix_length=prefix)
+    nats = 0.0
+    for t in range(prefix, len(ids)):
+        start = next(start for start in range(0, len(ids), stride) if t < start + context)
+        logits = model(input_ids=ids[None, start:t], prefix_length=prefix).logits[0, -1]
+        nats -= logits.log_softmax(-1)[ids[t]].item()
+    assert result.nats == pytest.approx(nats, rel=1e-6)
+    assert (result.tokens, result.prefix_length) == (len(ids) - prefix, prefix)
+    assert result.bytes == len(text.encode()) - prefix  # of a tokenizer of bytes
+
+
+def test_impossible_prefixes_are_refused(tokenizer):
+    for model, options, message in [
+        (prefix_model(), {"context": 16, "stride": 8, "prefix_length": 9}, "from 0 to context - stride = 8, got 9"),
+        (prefix_model(), {"context": 500, "prefix_length": 230}, "the text is .* perplexity needs at least 231"),
+        (prefix_model("gla"), {"context": 16, "prefix_length": 4}, "prefix_length needs a layer whose state"),
+        (llama(), {"context": 16, "prefix_length": 4}, "prefix_length is for models of lm_zoo"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            perplexity(model, tokenizer, TEXT, **options)
