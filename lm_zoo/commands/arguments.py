@@ -27,6 +27,10 @@ def positive(text: str) -> int:
     return _number(text, int, 1, 2**31 - 1, "a whole number of at least 1")
 
 
+def port(text: str) -> int:
+    return _number(text, int, 0, 2**16 - 1, "a port: a whole number from 0 to 65535")
+
+
 def seed(text: str) -> int:
     return _number(text, int, 0, 2**63 - 1, "a whole number from 0 up")
 
