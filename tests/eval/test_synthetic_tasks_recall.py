@@ -102,6 +102,12 @@ class TestInContextRecall:
         last = examples.tokens[:, -2].bincount(minlength=8) / 3000
         assert (last - 1 / 8).abs().max() < 0.02
 
+    def test_the_last_key_is_drawn_among_kinds_and_not_among_pairs(self):
+        tokens = InContextRecall(vocabulary=4).examples(2000, 8, generator()).tokens
+        zeros = (tokens[:, 0:6:2] == 0).sum(dim=1)
+        last_is_rarer = (tokens[:, 6] == 0)[zeros == 1]
+        assert abs(last_is_rarer.float().mean() - 1 / 2) < 0.05
+
     def test_sizes_are_those_of_mad(self):
         for task in (InContextRecall(), NoisyInContextRecall()):
             assert (task.num_keys, task.num_values, task.chance) == (8, 8, 1 / 8)
