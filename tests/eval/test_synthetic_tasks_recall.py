@@ -129,6 +129,7 @@ class TestFuzzyInContextRecall:
         for tokens, targets in rows(task, 40, length):
             text = [token for token in tokens if token < task.vocabulary - 1]
             assert tokens == [task.vocabulary - 1] * (length - len(text)) + text
+            assert length - len(text) < 2 * (task.longest_key + task.longest_value)
             known = {}
             expected = [IGNORE] * (length - len(text))
             for key, value in pairs(text, task.num_keys):

@@ -48,6 +48,22 @@ def test_documents_hold_the_texts():
     assert not {row["context"] for row in rows} & {row["context"] for row in dataset(texts=20, seed=2)["validation"]}
 
 
+@pytest.mark.parametrize(("name", "needles"), [("needle", 1), ("multi_needle", 8)])
+def test_lm_eval_asks_for_the_fact(name, needles):
+    from lm_zoo.eval.harness.tasks import load_tasks
+
+    task = load_tasks([name])["tasks"][name]
+    documents = list(task.validation_docs())
+    assert len(documents) == 100
+    for document in documents:
+        question = task.doc_to_text(document)
+        facts = dict(FACT.findall(question))
+        assert len(facts) == needles
+        assert task.doc_to_choice(document)[task.doc_to_target(document)] == facts[question.split()[-2]]
+        assert question.endswith(" is")
+        assert task.config.target_delimiter == " "
+
+
 class LookUp:
     """A model that reads: it continues with the answer, but of some names it says the number backwards."""
 
