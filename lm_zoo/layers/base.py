@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lm_zoo.kernels import linear_attention, linear_attention_step
+from lm_zoo.kernels.sequence_parallel import active_group
 from lm_zoo.layers.along_time import along_time
+from lm_zoo.layers.journal import Call, Journal, keep
+
+FEW = 16  # rows in a row that take the recurrent step: fewer than a chunk, and the arithmetic of decoding
 
 
 class LayerState:
@@ -18,7 +23,11 @@ class LayerState:
     A layer writes into the tensors in place, so they keep their addresses. The caller owns the state and may reorder
     its rows, select some of them into a new state, or copy it. With gradients enabled, the written values carry their
     graph: gradients flow back through earlier calls until `detach_()`.
+
+    After `begin()` the tokens that follow can be taken back, see `keep` and `record`.
     """
+
+    journal: Journal | None = None  # of the tokens that can be taken back
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
@@ -52,6 +61,34 @@ class LayerState:
     def write(self, name: str, value: Tensor) -> None:
         """Copy `value` into the tensor `name`, at its address."""
         self.writable(name).copy_(value)
+
+    def begin(self) -> None:
+        """From here on the tokens can be taken back."""
+        self.journal = Journal()
+
+    def record(
+        self, names: str | tuple[str, ...], fold: Callable[..., object], *inputs: Tensor | None, micro_steps: int = 1
+    ) -> None:
+        """To be called by a layer before it writes the tensors `names`, where `journal` is not `None`.
+
+        Args:
+            names: tensors that one call of `fold` leads on; each of the state's belongs to one such group at most.
+            fold: `fold(*inputs, state=state)` writes into `names` what is about to be written.
+            inputs: what it takes, `[B, T, ...]`, or `None`, or of one dimension where it is the same for all tokens.
+                They are kept, not copied.
+            micro_steps: rows of T per token.
+        """
+        names = (names,) if isinstance(names, str) else names
+        self.journal.note(self.tensors, Call(names, fold, inputs, micro_steps))
+
+    def keep(self, counts: list[int], total: int) -> None:
+        """Of the `total` tokens since `begin()`, keep the first `counts[n]` of row n; it ends the record."""
+        journal, self.journal = self.journal, None
+        if min(counts) < total:
+            keep(self, journal, counts, total)
+
+    def recount(self) -> None:
+        """Learn anew what is known of the tensors on the host: they were written from elsewhere."""
 
     def reset(self) -> None:
         """Forget everything: as `init_state` made it."""
@@ -166,7 +203,11 @@ def recur(
     """
     if state is None:
         return linear_attention(q, k, v, log_decay, beta, scale=scale, cu_seqlens=cu_seqlens)[0]
-    if q.shape[1] == micro_steps and cu_seqlens is None and not torch.is_grad_enabled():
+    if state.journal is not None:
+        again = functools.partial(recur, scale=scale, micro_steps=micro_steps, cu_seqlens=None)
+        state.record("S", again, q, k, v, log_decay, beta, micro_steps=micro_steps)
+    few = q.shape[1] == micro_steps or (q.shape[1] <= FEW and active_group() is None)
+    if few and cu_seqlens is None and not torch.is_grad_enabled():
         return linear_attention_step(q, k, v, log_decay, beta, state.writable("S"), scale=scale)
     # With gradients the op saves its initial state, which the write below would overwrite: hand it a copy.
     initial = state["S"].clone() if torch.is_grad_enabled() else state["S"]

@@ -1,5 +1,7 @@
 """HGRN: an elementwise recurrence whose forget gates are bounded from below, the more so the deeper the layer."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,6 +99,8 @@ def scan(x: Tensor, decay: Tensor, state: LayerState | None, cu_seqlens: Tensor 
     """`linear_scan` that continues from `state["h"]` and leaves the final state there."""
     if state is None:
         return linear_scan(x, decay, cu_seqlens=cu_seqlens)[0]
+    if state.journal is not None:
+        state.record("h", functools.partial(scan, cu_seqlens=None), x, decay)
     if x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         return linear_scan_step(x[:, 0], decay[:, 0], state.writable("h"))[:, None]
     # With gradients the op saves its initial state, which the write below would overwrite: hand it a copy.

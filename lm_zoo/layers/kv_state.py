@@ -159,7 +159,7 @@ class GrowingKeyValues(LayerState):
 
     def select(self, index: Tensor) -> "GrowingKeyValues":
         state = super().select(index)
-        state._recount()
+        state.recount()
         return state
 
     def put(self, row: int, other: LayerState) -> None:
@@ -168,14 +168,14 @@ class GrowingKeyValues(LayerState):
         for name in ("keys", "values"):
             self.writable(name)[row, :, :slots] = other[name][0]
         self["position"][row] = other["position"][0]
-        self._recount()
+        self.recount()
 
     def clone(self) -> "GrowingKeyValues":
         return type(self)(super().clone().tensors, self.used, self.ragged)
 
     def holding(self, tensors: dict[str, Tensor]) -> "GrowingKeyValues":
         state = super().holding(tensors)
-        state._recount()
+        state.recount()
         return state
 
     def trim(self) -> "GrowingKeyValues":
@@ -186,7 +186,15 @@ class GrowingKeyValues(LayerState):
         super().reset()
         self.used, self.ragged = 0, False
 
-    def _recount(self) -> None:
+    def begin(self) -> None:
+        """Nothing to note: where a row ends says which keys and values it has."""
+
+    def keep(self, counts: list[int], total: int) -> None:
+        if min(counts) < total:
+            self["position"].sub_(total - self["position"].new_tensor(counts))
+            self.recount()
+
+    def recount(self) -> None:
         lengths = self["position"].tolist()
         self.used, self.ragged = max(lengths), len(set(lengths)) > 1
 
@@ -204,24 +212,29 @@ class WindowKeyValues(LayerState):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """Take in the keys and values of T new tokens and let each query look at the last `window`, itself included."""
         keys, values, position = self.writable("keys"), self.writable("values"), self["position"]
-        window, length = keys.shape[2], k.shape[2]
+        window = keys.shape[2]
+        new = k.transpose(1, 2), v.transpose(1, 2)
+        if self.journal is not None:
+            self.record(("keys", "values", "position"), take_in, *new)
         slots = torch.arange(window, device=k.device)
+        if k.shape[2] == 1 and not torch.is_grad_enabled():
+            take_in(*new, state=self)
+            return attend(q, keys, values, (slots < position[:, None])[:, None, None], scale)
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        if length == 1 and not torch.is_grad_enabled():
-            self._store(keys, values, k, v, rows, (position % window)[:, None])
-            o = attend(q, keys, values, (slots <= position[:, None])[:, None, None], scale)
-            position += 1
-            return o
         oldest_first = (position[:, None] + slots) % window  # [B, window]
         past = (keys[rows, :, oldest_first].transpose(1, 2), values[rows, :, oldest_first].transpose(1, 2), position)
         o = attend_window(q, k, v, window, past, scale)
-        kept = min(length, window)
-        slots = (position[:, None] + length - kept + slots[:kept]) % window
-        self._store(keys, values, k[:, :, length - kept :], v[:, :, length - kept :], rows, slots)
-        position += length
+        take_in(*new, state=self)
         return o
 
-    @staticmethod
-    def _store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor, slots: Tensor) -> None:
-        keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
-        values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
+
+def take_in(k: Tensor, v: Tensor, *, state: LayerState) -> None:
+    """Put new keys and values `[B, T, HKV, K]` in the place of the oldest of a `WindowKeyValues`."""
+    keys, values, position = state.writable("keys"), state.writable("values"), state["position"]
+    window, length = keys.shape[2], k.shape[1]
+    kept = min(length, window)
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
+    slots = (position[:, None] + torch.arange(length - kept, length, device=k.device)) % window
+    keys[rows, :, slots] = k[:, length - kept :].to(keys.dtype)
+    values[rows, :, slots] = v[:, length - kept :].to(values.dtype)
+    position += length

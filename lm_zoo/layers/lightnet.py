@@ -104,6 +104,8 @@ class LightNet(PrefixMixer):
         prefix: Tensor | None = None,
     ) -> Tensor:
         q, logits = F.silu(q), k
+        if state is not None and state.journal is not None:
+            state.record("z", add_to_sum, logits)
         if state is None:
             start = self._start(x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, x.device)
         else:
@@ -116,3 +118,8 @@ class LightNet(PrefixMixer):
         if state is not None:
             state.write("z", last)
         return self.norm(o.flatten(2), self.gate_proj(x))
+
+
+def add_to_sum(logits: Tensor, *, state: LayerState) -> None:
+    """z alone led on by the keys' logits `[B, T, H K]`."""
+    state.write("z", running_log_sum_exp(logits, state["z"])[2])

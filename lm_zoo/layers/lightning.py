@@ -115,7 +115,7 @@ class LightningAttention(QKVMixer):
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
         o = recur(q, k, v, self.log_decay(x), scale=1.0, state=state, cu_seqlens=cu_seqlens)
         if self.lrpe is not None and state is not None:
-            advance(state["position"], x.shape[1], cu_seqlens)
+            advance(x, state, cu_seqlens)
         gate = self.gate_proj(x)
         if self.gate == "sigmoid":
             gate = torch.sigmoid(gate)

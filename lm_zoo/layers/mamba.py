@@ -106,6 +106,8 @@ def scan(u, dt, A, B, C, D, z, state: LayerState | None, cu_seqlens: Tensor | No
     """`selective_scan` that continues from `state["h"]` and leaves the final state there."""
     if state is None:
         return selective_scan(u, dt, A, B, C, D, z, cu_seqlens=cu_seqlens)[0]
+    if state.journal is not None:
+        state.record("h", lambda u, dt, B, C, z, state: scan(u, dt, A, B, C, D, z, state, None), u, dt, B, C, z)
     if u.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         u, dt, B, C, z = (tensor[:, 0] for tensor in (u, dt, B, C, z))
         return selective_scan_step(u, dt, A, B, C, D, z, state.writable("h"))[:, None]

@@ -92,5 +92,5 @@ class MultiScaleRetention(QKVMixer):
         q, k = rotary(torch.cat([q, k], dim=2), positions, base=self.rope_base).chunk(2, dim=2)
         o = recur(q, k, v, self.log_decay(x), state=state, cu_seqlens=cu_seqlens)
         if state is not None:
-            advance(state["position"], x.shape[1], cu_seqlens)
+            advance(x, state, cu_seqlens)
         return self.norm(o, gate).flatten(2)

@@ -1,5 +1,6 @@
 """S4D: a diagonal state space that does not change with the input, so that training is one long convolution."""
 
+import functools
 import math
 
 import torch
@@ -93,6 +94,8 @@ class S4D(Mixer):
         a, b, c = self.discrete(torch.promote_types(x.dtype, torch.complex64))
         if state is None and cu_seqlens is None and active_group() is None:
             return convolve(x, a, b, c) + skip
+        if state is not None and state.journal is not None:
+            state.record("h", functools.partial(self._mix, cu_seqlens=None), x)
         if x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
             refuse_steps("S4D's decoding")
             h = state.writable("h")

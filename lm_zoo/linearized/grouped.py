@@ -32,6 +32,11 @@ def grouped_linear_attention(
     Returns:
         `[B, T, H, V]`.
     """
+    if state is not None and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        if state.journal is not None:
+            state.record("S", _write_token, k, v, log_decay)
+        _write_token(k, v, log_decay, state=state)
+        return read_state(q[:, 0], state["S"])[:, None]
     group = q.shape[2] // k.shape[2]
     if group == 1:
         return recur(q, k, v, log_decay, scale=1.0, state=state, cu_seqlens=cu_seqlens)
@@ -43,8 +48,16 @@ def grouped_linear_attention(
     log_decay = None if log_decay is None else first_of_group(log_decay)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens * group
     k, v = first_of_group(k), first_of_group(v)
-    o = recur(q, k, v, log_decay, scale=1.0, state=state, cu_seqlens=cu_seqlens)
+    o = recur(q, k, v, log_decay, scale=1.0, micro_steps=group, state=state, cu_seqlens=cu_seqlens)
     return o.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
+
+
+def _write_token(k: Tensor, v: Tensor, log_decay: Tensor | None, *, state: LayerState) -> None:
+    """One token per row, without gradients."""
+    S = state.writable("S")
+    if log_decay is not None:
+        S.mul_(log_decay[:, 0, :, :, None].exp())
+    add_to_state(S, k, v)
 
 
 def add_to_state(S: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None) -> None:

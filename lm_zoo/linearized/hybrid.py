@@ -122,10 +122,12 @@ class HybridAttention(InnerMixer):
         dtype = q.dtype
         q = q.to(torch.promote_types(dtype, torch.float32))
         with torch.autocast(q.device.type, enabled=False):  # it would round the sums, whose quotient is then coarse
-            if state is not None and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-                sums = self._step(q[:, 0], k[:, 0], v[:, 0], state)[:, None]
-            elif self.window == 0 or (state is None and self._drop_window()):
+            if self.window and state is not None and state.journal is not None:
+                state.record(tuple(state), self._push, k, v)
+            if self.window == 0 or (state is None and self._drop_window()):
                 sums = self._linear(q, k.to(q.dtype), v.to(q.dtype), state, cu_seqlens)
+            elif state is not None and q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+                sums = self._step(q[:, 0], k, v, state)[:, None]
             else:
                 sums = self._blocks(q, k.to(q.dtype), v.to(q.dtype), state, cu_seqlens)
         return (sums[..., :-1] / sums[..., -1:].clamp_min(TINY)).to(dtype)
@@ -157,8 +159,9 @@ class HybridAttention(InnerMixer):
         phi_k, written_v = blocks.before(phi_k, late), blocks.before(written_v, late)
         if self.window_kind == "sliding" and state is not None:  # the void at a text's end pushes nothing out of it
             phi_k = phi_k * blocks.new[..., None, None]
+        late_state = None if state is None else LayerState({"S": state["S"]})  # what it writes is on record
         linear = grouped_linear_attention(
-            *(blocks.along_time(x) for x in (phi_q, phi_k, written_v)), state=state, cu_seqlens=blocks.borders
+            *(blocks.along_time(x) for x in (phi_q, phi_k, written_v)), state=late_state, cu_seqlens=blocks.borders
         ).view(*phi_q.shape[:3], -1)
         if self.window_kind == "terrace":  # late by 2 w, the op has brought the block before the window's up to n - 2 w
             linear = linear + weighted_sum(scores(phi_q, phi_k).triu(1), written_v)
@@ -167,19 +170,21 @@ class HybridAttention(InnerMixer):
             state.extend(new_k.flatten(0, 1), new_v.flatten(0, 1), lengths)
         return blocks.read(self._mix(near, linear))
 
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
-        """One token per row, `[B, H, D]`, without gradients."""
-        S = state.writable("S")
-        if self.window == 0:
-            add_to_state(S, *self._written(k[:, None].to(q.dtype), v[:, None].to(q.dtype)))
-            return read_state(self.q_map(q[:, None])[:, 0], S)
-        leaving = state.oldest(1 if self.window_kind == "sliding" else self.window)
-        if leaving is not None:
-            rows, k_out, v_out = leaving
-            add_to_state(S, *self._written(k_out.to(q.dtype), v_out.to(q.dtype)), rows)
-        state.swap(k, v)
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: RingState) -> Tensor:
+        """One token per row, q `[B, H, D]`, without gradients."""
+        self._push(k, v, state=state)
         near = ring_sums(q, state, scale=self.scale, size=self.window, kind=self.window_kind)
-        return self._mix(near, read_state(self.q_map(q[:, None])[:, 0], S))
+        return self._mix(near, read_state(self.q_map(q[:, None])[:, 0], state["S"]))
+
+    def _push(self, k: Tensor, v: Tensor, *, state: RingState) -> None:
+        """Token by token into the window `[B, T, HKV, D]`, and what leaves it into S, without gradients."""
+        S = state.writable("S")
+        for t in range(k.shape[1]):
+            leaving = state.oldest(1 if self.window_kind == "sliding" else self.window)
+            if leaving is not None:
+                rows, k_out, v_out = leaving
+                add_to_state(S, *self._written(k_out.to(S.dtype), v_out.to(S.dtype)), rows)
+            state.swap(k[:, t], v[:, t])
 
     def _written(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What goes into S: phi_k(k) `[B, T, HS, F]` and [v, 1] `[B, T, HS, D + 1]`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from lm_zoo.layers.base import LayerState, recurrent_state
 from lm_zoo.layers.checks import check_size, check_texts
 from lm_zoo.layers.kv_state import WindowKeyValues, softmax_attention
-from lm_zoo.linearized.grouped import add_to_state, grouped_linear_attention, read_state
+from lm_zoo.linearized.grouped import grouped_linear_attention
 from lm_zoo.linearized.inner import INNER_MIXERS, Context, InnerMixer
 
 GATE_NORMALIZER = 16.0
@@ -74,7 +74,10 @@ class LigerAttention(InnerMixer):
         self, q: Tensor, k: Tensor, v: Tensor, *, context: Context, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> Tensor:
         check_texts(q, state, cu_seqlens)
-        window = None if state is None else WindowKeyValues({name: state[name] for name in KEPT})
+        window = None
+        if state is not None:
+            window = WindowKeyValues({name: state[name] for name in KEPT})
+            window.journal = state.journal
         near = softmax_attention(
             *(x.transpose(1, 2) for x in (q, k, v)),
             window=self.window,
@@ -90,13 +93,7 @@ class LigerAttention(InnerMixer):
         x = turn_back(torch.cat([q, k], dim=2), context.rotary)
         log_decay = F.logsigmoid(x[:, :, self.num_heads :]) / GATE_NORMALIZER
         q, k = x.softmax(dim=-1).split_with_sizes((self.num_heads, self.num_kv_heads), dim=2)
-        v = v.to(k.dtype)
-        if state is None or q.shape[1] > 1 or cu_seqlens is not None or torch.is_grad_enabled():
-            return grouped_linear_attention(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
-        S = state.writable("S")
-        S.mul_(log_decay[:, 0, :, :, None].exp())
-        add_to_state(S, k, v)
-        return read_state(q[:, 0], S)[:, None]
+        return grouped_linear_attention(q, k, v.to(k.dtype), log_decay, state=state, cu_seqlens=cu_seqlens)
 
 
 def turn_back(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:

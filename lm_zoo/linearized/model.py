@@ -186,18 +186,18 @@ class LinearizedForCausalLM(CausalLM):
         )
 
     def _run(self, x: Tensor, cache: ZooCache | None, cu_seqlens: Tensor | None) -> Tensor:
-        states = position = None
+        states = counter = None
         if cache is not None:
             *states, counter = cache.states
-            position = counter["position"]
-        positions = token_positions(x.shape[1], position, cu_seqlens, device=x.device)
+        start = None if counter is None else counter["position"]
+        positions = token_positions(x.shape[1], start, cu_seqlens, device=x.device)
         self._check_positions(positions, cache)
         context = Context(states=states, cu_seqlens=cu_seqlens, observer=self._observer)
         output = self.teacher.base_model(
             inputs_embeds=x, position_ids=positions, use_cache=False, return_dict=True, lm_zoo=context
         )
-        if position is not None:
-            advance(position, x.shape[1], cu_seqlens)
+        if counter is not None:
+            advance(x, counter, cu_seqlens)
         return output.last_hidden_state
 
     def _check_positions(self, positions: Tensor, cache: ZooCache | None) -> None:

@@ -46,6 +46,9 @@ class RingState(LayerState):
 
     def reorder_(self, index: Tensor) -> None:
         super().reorder_(index)
+        self.recount()
+
+    def recount(self) -> None:
         self.seen = self["position"].tolist()
 
     def put(self, row: int, other: LayerState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,8 @@ def running_sign(negative: Tensor, state: LayerState | None, cu_seqlens: Tensor 
     Without a state, what came before a document may leave its sign there: the caller puts it on the values and takes
     it off the outputs.
     """
+    if state is not None and state.journal is not None:
+        state.record("flips", functools.partial(running_sign, cu_seqlens=None), negative)
     flips = negative.cumsum(dim=1)
     if (group := active_group()) is not None:
         return _sign_of_segment(flips, state, cu_seqlens, group)

@@ -3,11 +3,18 @@
 Nothing is kept in buffers: a table would have to grow with the longest text, and `model.bfloat16()` would round it.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from lm_zoo.kernels.sequence_parallel import active_group
 from lm_zoo.modules.init import fill_
+
+if TYPE_CHECKING:
+    from lm_zoo.layers.base import LayerState
 
 
 def token_positions(
@@ -30,10 +37,12 @@ def token_positions(
     return (positions if start is None else positions + start[document])[None]
 
 
-def advance(position: Tensor, length: int, cu_seqlens: Tensor | None) -> None:
-    """Count the tokens of a call into `position` `[B or N]`, in place."""
-    length = length if (group := active_group()) is None else length * group.size
-    position += length if cu_seqlens is None else cu_seqlens.diff()
+def advance(x: Tensor, state: LayerState, cu_seqlens: Tensor | None = None) -> None:
+    """Count the tokens of x `[B, T, ...]` into `state["position"]` `[B or N]`."""
+    if state.journal is not None:
+        state.record("position", advance, x)
+    length = x.shape[1] if (group := active_group()) is None else x.shape[1] * group.size
+    state["position"].add_(length if cu_seqlens is None else cu_seqlens.diff())
 
 
 def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0) -> Tensor:

@@ -47,9 +47,16 @@ class ShortConvolution(nn.Module):
         return torch.zeros(batch_size, self.channels, self.size - 1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        if state is not None and state.journal is not None:
+            state.record("conv", self._shift, x)
         past = None if state is None else state.writable("conv")
         activation = "silu" if self.silu else None
         return causal_conv1d(x, self.weight, self.bias, activation=activation, state=past, cu_seqlens=cu_seqlens)
+
+    def _shift(self, x: Tensor, *, state: LayerState) -> None:
+        """What x leaves of itself in the state."""
+        inputs = torch.cat([state["conv"], x.mT.to(state["conv"].dtype)], dim=-1)
+        state.write("conv", inputs[..., inputs.shape[-1] - self.size + 1 :])
 
     def extra_repr(self) -> str:
         return f"{self.channels}, size={self.size}, bias={self.bias is not None}, silu={self.silu}"
