@@ -213,10 +213,8 @@ async def _disconnected(http: HTTPRequest) -> None:
 
 def _check_model(wanted: str, name: str) -> None:
     if wanted != name:
-        error = error_body(
-            f"no model {wanted!r} here, but {name!r}", "invalid_request_error", "model_not_found", "model"
-        )
-        raise HTTPException(404, error)
+        message = f"no model {wanted[:100]!r} here, but {name!r}"
+        raise HTTPException(404, error_body(message, "invalid_request_error", "model_not_found", "model"))
 
 
 def _model(name: str, created: int) -> dict[str, Any]:
@@ -255,7 +253,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def of_the_body(_: HTTPRequest, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        message = f"{where}: {first['msg']}" if where else first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "model_attributes_type" and not where:
+            message = "the body must be a JSON object, sent with Content-Type: application/json"
+        message = f"{where}: {message}" if where else message
         if first["type"] == "json_invalid":
             message, where = f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", ""
         return JSONResponse(error_body(message, "invalid_request_error", param=where or None), 400)

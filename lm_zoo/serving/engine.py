@@ -135,6 +135,10 @@ class Engine:
 
     def encode(self, prompt: str) -> list[int]:
         """Tokens of a prompt. An empty one starts where a document starts: at the tokenizer's own mark."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt is not Unicode text: {error.reason} at {error.start}") from error
         with self._encoding:
             ids = self._encoder(prompt, verbose=False)["input_ids"]
         if not ids:

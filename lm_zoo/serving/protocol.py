@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from lm_zoo.errors import UserError
 from lm_zoo.serving.request import Completion, Piece
 from lm_zoo.serving.sampling import Logprobs, Sampling
+from lm_zoo.serving.text import UNFINISHED
 
 MAX_CHOICES = 128  # texts of one request
 # What clients send along and no server needs to heed. Other fields that are unknown are refused unless they ask for
@@ -48,7 +49,7 @@ class Body(BaseModel):
     def _refuse_what_is_unknown(self):
         for name, value in (self.model_extra or {}).items():
             if name not in IGNORED and value not in NOTHING:
-                raise ValueError(f"{name} is not supported here; leave it out")
+                raise ValueError(f"{name!r} is not supported here; leave it out")
         if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
             raise ValueError(f"n must be from 1 to {MAX_CHOICES}, got {self.n}")
         return self
@@ -82,11 +83,10 @@ class CompletionBody(Body):
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: Any) -> Any:
-        if isinstance(prompt, str) or _is_ids(prompt):
+        many = isinstance(prompt, list) and 0 < len(prompt) <= MAX_CHOICES
+        several = many and (all(isinstance(text, str) for text in prompt) or all(_is_ids(ids) for ids in prompt))
+        if isinstance(prompt, str) or _is_ids(prompt) or several:
             return prompt
-        if isinstance(prompt, list) and 0 < len(prompt) <= MAX_CHOICES:
-            if all(isinstance(text, str) for text in prompt) or all(_is_ids(ids) for ids in prompt):
-                return prompt
         raise ValueError(
             f"must be a string, a list of token ids, or a list of up to {MAX_CHOICES} strings or lists of token ids"
         )
@@ -234,7 +234,8 @@ class Answer:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.spell(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        part = UNFINISHED in text  # of a character, whose bytes the tokenizer does not tell
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if part else list(text.encode())}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -246,6 +247,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    message = message.encode(errors="backslashreplace").decode()  # it may quote what is no Unicode
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
