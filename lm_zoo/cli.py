@@ -10,13 +10,14 @@ import os
 import sys
 from types import ModuleType
 
-from lm_zoo.commands import generate, harness, list_mixers, perplexity
+from lm_zoo.commands import generate, harness, list_mixers, perplexity, synthetic
 from lm_zoo.commands.arguments import Parser
 from lm_zoo.errors import is_user_error, one_line
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "eval harness": (harness, "lm-eval's tasks, and task files of your own"),
     "eval perplexity": (perplexity, "token perplexity and bits per byte on a text"),
+    "eval synthetic": (synthetic, "train mixers on a task that is made of a seed, and test them"),
     "generate": (generate, "continue a prompt, token by token"),
     "list": (list_mixers, "the token mixers of the zoo"),
 }

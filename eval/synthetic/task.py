@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from lm_zoo.causal_lm import IGNORE
 
@@ -59,6 +59,10 @@ class Task:
         Raises ValueError, naming `length`, where it cannot hold what the task asks for.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define examples")
+
+    def decoder(self, hidden_size: int) -> nn.Module:
+        """What stands between the hidden states `[N, T, D]` and the model's head, trained with it; as a rule nothing."""
+        return nn.Identity()
 
     def accuracy(self, guesses: Tensor, targets: Tensor) -> float:
         """The share that is right of what `metric` names; both `[N, T]`."""
