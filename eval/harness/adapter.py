@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lm_zoo.causal_lm import CausalLM
 from lm_zoo.errors import UserError
 from lm_zoo.eval.harness.generation import continuations
 from lm_zoo.eval.harness.memory import enough_memory
@@ -37,6 +38,8 @@ class HarnessLM(TemplateLM):
             read in windows of that many. If not given, nothing is cut: a text beyond the model's positions is refused,
             and windows are as long as the positions, or 2,048 tokens for a model without a limit.
         read_twice: give every context twice (Arora et al. 2024, arXiv 2407.05483).
+        prefix: let the tokens of every context see all of each other, for models with prefix linear attention (the
+            same paper's other half).
         progress: where a bar is shown, if that is a terminal.
     """
 
@@ -48,6 +51,7 @@ class HarnessLM(TemplateLM):
         batch_size: int = 16,
         max_length: int | None = None,
         read_twice: bool = False,
+        prefix: bool = False,
         progress: TextIO | None = None,
     ):
         super().__init__()
@@ -58,11 +62,14 @@ class HarnessLM(TemplateLM):
             raise UserError(f"max_length must be at least 2 tokens (one to see, one to predict), got {max_length}")
         if max_length is not None and self.limit is not None and max_length > self.limit:
             raise UserError(f"max_length {max_length} exceeds the model's {self.limit} positions")
+        if prefix and not isinstance(model, CausalLM):
+            raise UserError(f"prefix needs a model of lm_zoo, got a {type(model).__name__}; leave it out")
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.cut = max_length
         self.read_twice = read_twice
+        self.prefix = prefix
         self.progress = progress
         self.reader = reader_of(model)
         self.work = Work()
@@ -116,8 +123,9 @@ class HarnessLM(TemplateLM):
         return self._scores([self._scored(context, answer) for _, context, answer in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        if self.read_twice:
-            raise UserError("a text that is scored from its first token on has no context to read twice")
+        if self.read_twice or self.prefix:
+            option = "read_twice" if self.read_twice else "prefix"
+            raise UserError(f"{option} is about contexts, and a text that is scored from its first token on has none")
         windows, owners = [], []
         for number, request in enumerate(requests):
             window = self.cut or self.limit or ROLLING_WINDOW
@@ -163,7 +171,8 @@ class HarnessLM(TemplateLM):
 
     def _scores(self, requests: Sequence[Scored]) -> list[tuple[float, bool]]:
         with self._working(len(requests), "answers scored") as done:
-            return score(self.reader, requests, batch_size=self.batch_size, work=self.work, done=done)
+            options = {"batch_size": self.batch_size, "prefix": self.prefix}
+            return score(self.reader, requests, work=self.work, done=done, **options)
 
     @contextmanager
     def _working(self, count: int, what: str) -> Iterator[Any]:

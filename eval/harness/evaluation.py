@@ -62,6 +62,7 @@ def harness(
     batch_size: int = 16,
     max_length: int | None = None,
     read_twice: bool = False,
+    prefix: bool = False,
     progress: TextIO | None = None,
 ) -> HarnessReport:
     """Runs tasks by name.
@@ -72,11 +73,10 @@ def harness(
         num_fewshot: worked examples before each question; the task's own number if not given, and for tasks that fix
             it at 0.
         limit: only the first so many documents of each task.
-        batch_size, max_length, read_twice, progress: as in `HarnessLM`.
+        batch_size, max_length, read_twice, prefix, progress: as in `HarnessLM`.
     """
-    lm = HarnessLM(
-        model, tokenizer, batch_size=batch_size, max_length=max_length, read_twice=read_twice, progress=progress
-    )
+    options = {"batch_size": batch_size, "max_length": max_length, "read_twice": read_twice, "prefix": prefix}
+    lm = HarnessLM(model, tokenizer, progress=progress, **options)
     with _quiet(), _seeded(model.device):
         found = load_tasks(tasks, include_path)
         for task in found["tasks"].values():

@@ -73,7 +73,8 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
 @torch.inference_mode()
 def _written(lm: HarnessLM, texts: Sequence[list[int]], stops: Sequence[str], room: int, sampling: dict[str, Any]):
     """Yields members and what was written after each, in some order."""
-    shared = [number for number, text in enumerate(texts) if len(text) > 1] if isinstance(lm.model, CausalLM) else []
+    forks = isinstance(lm.model, CausalLM) and not lm.prefix
+    shared = [number for number, text in enumerate(texts) if len(text) > 1] if forks else []
     # Reading a text stops before its last token, which generate() reads itself.
     steps = walk(
         lm.reader,
@@ -119,6 +120,8 @@ def _generate(
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     ids = torch.tensor([[pad] * (length - len(text)) + text for text in texts], device=device)
     mask = torch.tensor([[0] * (length - len(text)) + [1] * len(text) for text in texts], device=device)
+    if lm.prefix:
+        sampling = sampling | {"prefix_length": mask.sum(dim=1)}
     output = lm.model.generate(
         ids,
         attention_mask=mask,

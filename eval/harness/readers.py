@@ -31,16 +31,21 @@ class ZooReader:
         self.model = model
 
     def read(
-        self, memory: ZooCache | None, rows: list[list[int]], wanted: Wanted, *, keep: bool
+        self, memory: ZooCache | None, rows: list[list[int]], wanted: Wanted, *, keep: bool, prefix: bool = False
     ) -> tuple[ZooCache | None, Tensor]:
-        """What was read, if it is to be kept, and the hidden states `[n, D]` at the wanted positions."""
+        """What was read, if it is to be kept, and the hidden states `[n, D]` at the wanted positions.
+
+        With `prefix` the tokens of a row see all of each other, in the layers that can do that.
+        """
         ids, mask = _padded(rows, self.model.device)
-        if memory is None and (keep or ids.shape[1] > PREFILL_CHUNK):
+        length = ids.shape[1] if prefix else PREFILL_CHUNK
+        options = {"prefix_length": mask.sum(dim=1)} if prefix else {}
+        if memory is None and (keep or ids.shape[1] > length):
             memory = self.model.init_cache(len(rows))
         features, (row, position) = None, wanted
-        for start in range(0, ids.shape[1], PREFILL_CHUNK):
-            piece = slice(start, start + PREFILL_CHUNK)
-            hidden = self.model.hidden_states(ids[:, piece], mask[:, piece], past_key_values=memory)
+        for start in range(0, ids.shape[1], length):
+            piece = slice(start, start + length)
+            hidden = self.model.hidden_states(ids[:, piece], mask[:, piece], past_key_values=memory, **options)
             if features is None:
                 features = hidden.new_empty(len(row), hidden.shape[-1])
             here = (position >= start) & (position < start + hidden.shape[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lm_zoo.eval.harness.memory import check_memory
 from lm_zoo.eval.harness.readers import TransformerReader, ZooReader
-from lm_zoo.eval.harness.tree import SHORTEST, Node, prefix_tree
+from lm_zoo.eval.harness.tree import SHORTEST, Node, context_tree, prefix_tree
 
 LOGIT_ROWS = 1024  # rows of logits that are computed at a time
 Reader = ZooReader | TransformerReader
@@ -43,14 +43,17 @@ def walk(
     keep_ends: bool,
     wanted: Callable[[Node], list[int]],
     work: Work,
+    prefixes: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[Node], object, Tensor]]:
     """Reads every node of the sequences' tree once, at most `batch_size` texts at a time and the longest first.
 
     Yields nodes, the memory after them (of leaves only with `keep_ends`) and the features at `wanted(node)`, positions
     counted from the start of the sequence, for one node after the other. What a batch leads to is read before the next
-    batch, so that no more than one batch per level of the tree is kept.
+    batch, so that no more than one batch per level of the tree is kept. With `prefixes` the first so many tokens of
+    each sequence see all of each other, which leaves only whole prefixes to be shared.
     """
     shortest = SHORTEST if reader.shares else max(map(len, sequences), default=0) + 1
+    roots = prefix_tree(sequences, shortest) if prefixes is None else context_tree(sequences, prefixes)
     device = reader.model.device
     work.asked += sum(map(len, sequences))
 
@@ -65,14 +68,15 @@ def walk(
             if memory is not None:
                 past = memory.select(torch.tensor([row for _, row in batch], device=device))
             keep = keep_ends or any(node.children for node, _ in batch)
-            after, features = reader.read(past, rows, (index.to(device), place.to(device)), keep=keep)
+            options = {"prefix": True} if prefixes is not None and past is None else {}
+            after, features = reader.read(past, rows, (index.to(device), place.to(device)), keep=keep, **options)
             work.read += sum(map(len, rows))
             yield [node for node, _ in batch], after, features
             children = [(child, row) for row, (node, _) in enumerate(batch) for child in node.children]
             if children:
                 yield from visit(children, after)
 
-    yield from visit([(node, 0) for node in prefix_tree(sequences, shortest)], None)
+    yield from visit([(node, 0) for node in roots], None)
 
 
 def _batches(
@@ -96,11 +100,13 @@ def score(
     *,
     batch_size: int,
     work: Work,
+    prefix: bool = False,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[tuple[float, bool]]:
     """For each request its log-likelihood in nats, and whether greedy decoding would write it.
 
-    `done(count)` is told how many requests have got their answer.
+    prefix: whether all before `first` is a prefix whose tokens see each other.
+    done: is told how many more requests have got their answer.
     """
     inputs = [request.tokens[:-1] for request in requests]
     total = torch.zeros(len(requests), dtype=torch.float64)
@@ -119,6 +125,7 @@ def score(
         keep_ends=False,
         wanted=lambda node: [position for _, position in asked(node)],
         work=work,
+        prefixes=[request.first for request in requests] if prefix else None,
     )
     for nodes, _, features in steps:
         owners = [(member, requests[member].tokens[place + 1]) for node in nodes for member, place in asked(node)]

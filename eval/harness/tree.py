@@ -50,6 +50,17 @@ def prefix_tree(sequences: Sequence[list[int]], shortest: int = SHORTEST) -> lis
     return roots
 
 
+def context_tree(sequences: Sequence[list[int]], contexts: Sequence[int]) -> list[Node]:
+    """A tree in which only whole contexts, the first `contexts[n]` tokens of sequence n, are read once for many."""
+    found: dict[tuple[int, ...], Node] = {}
+    for number, (sequence, end) in enumerate(zip(sequences, contexts, strict=True)):
+        node = found.setdefault(tuple(sequence[:end]), Node(0, end, []))
+        node.members.append(number)
+        if end < len(sequence):
+            node.children.append(Node(end, len(sequence), [number]))
+    return list(found.values())
+
+
 def _agreement(one: list[int], other: list[int], known: int) -> int:
     """How many tokens both begin with, of which `known` are known to agree."""
     shorter = min(len(one), len(other))

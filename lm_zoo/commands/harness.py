@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cut longer texts on the left (default: refuse what the model cannot take)",
     )
     parser.add_argument("--read-twice", action="store_true", help="give the model every context twice")
+    parser.add_argument(
+        "--prefix", action="store_true", help="let the tokens of a context see each other, where layers can do that"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there as well")
 
 
@@ -49,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         "batch_size": arguments.batch_size,
         "max_length": arguments.max_length,
         "read_twice": arguments.read_twice,
+        "prefix": arguments.prefix,
     }
     report = harness(model, tokenizer, names, include_path=arguments.include_path, progress=sys.stderr, **options)
     width = max(len(row.task) for row in report.measured)
