@@ -61,7 +61,7 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} does not define examples")
 
     def decoder(self, hidden_size: int) -> nn.Module:
-        """What stands between the hidden states `[N, T, D]` and the model's head, trained with it; as a rule nothing."""
+        """What stands between hidden states `[N, T, D]` and the model's head, trained with it; as a rule, nothing."""
         return nn.Identity()
 
     def accuracy(self, guesses: Tensor, targets: Tensor) -> float:
