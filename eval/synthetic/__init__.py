@@ -1,5 +1,6 @@
 """Synthetic tasks: what a mixer can and cannot do, from data made of a seed."""
 
+from lm_zoo.eval.synthetic.compression import Compression
 from lm_zoo.eval.synthetic.fuzzy_in_context_recall import FuzzyInContextRecall
 from lm_zoo.eval.synthetic.groups import WordProblem
 from lm_zoo.eval.synthetic.in_context_recall import InContextRecall
@@ -30,12 +31,14 @@ TASKS: dict[str, type[Task]] = {
     "in_context_recall": InContextRecall,
     "noisy_in_context_recall": NoisyInContextRecall,
     "fuzzy_in_context_recall": FuzzyInContextRecall,
+    "compression": Compression,
     "memorization": Memorization,
 }
 
 __all__ = [
     "MQAR",
     "TASKS",
+    "Compression",
     "Examples",
     "FuzzyInContextRecall",
     "InContextRecall",

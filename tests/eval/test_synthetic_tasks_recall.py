@@ -1,10 +1,13 @@
 """Tasks of recall, against a look-up in a dict."""
 
+import math
+
 import pytest
 import torch
 
 from lm_zoo.causal_lm import IGNORE
 from lm_zoo.eval.synthetic import (
+    Compression,
     FuzzyInContextRecall,
     InContextRecall,
     Memorization,
@@ -12,6 +15,7 @@ from lm_zoo.eval.synthetic import (
     Needle,
     NoisyInContextRecall,
 )
+from lm_zoo.eval.synthetic.compression import places
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -180,9 +184,36 @@ class TestMemorization:
         assert not torch.equal(Memorization().values, Memorization(seed=1).values)
 
 
+class TestCompression:
+    @pytest.mark.parametrize(("vocabulary", "length"), [(16, 32), (2, 2), (5, 7)])
+    def test_everything_is_asked_for(self, vocabulary, length):
+        examples = Compression(vocabulary=vocabulary).examples(50, length, generator())
+        assert torch.equal(examples.tokens, examples.targets)
+        assert (examples.tokens[:, -1] == vocabulary - 1).all()
+        assert examples.tokens[:, :-1].unique().tolist() == list(range(vocabulary - 1))
+
+    def test_the_decoder_sees_the_last_vector_alone(self):
+        torch.manual_seed(0)
+        decoder, hidden = Compression().decoder(8), torch.randn(2, 5, 8)
+        before = decoder(hidden)
+        hidden[:, :-1] = torch.randn(2, 4, 8)
+        assert torch.equal(decoder(hidden), before)
+        hidden[:, -1] += 1
+        assert not torch.allclose(decoder(hidden), before)
+        assert before.shape == hidden.shape
+        assert len({tuple(row) for row in before[0].tolist()}) == 5  # every place has an answer of its own
+
+    def test_places_are_sines_and_cosines(self):
+        expected = [[math.sin(t), math.sin(t / 10_000), math.cos(t), math.cos(t / 10_000)] for t in range(3)]
+        torch.testing.assert_close(places(3, 4), torch.tensor(expected))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Compression(vocabulary=1), "vocabulary must be at least 2"),
+        (lambda: Compression().examples(1, 1, generator()), "length must be at least 2"),
+        (lambda: Compression().decoder(7), "hidden_size must be even"),
         (lambda: Needle(needles=9, keys=8), "needles = 9 need as many keys, got keys = 8"),
         (lambda: Needle(questions=2), "questions = 2 ask for more than needles = 1"),
         (lambda: Needle(values=0), "values must be at least 1, got 0"),
