@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lm_zoo.causal_lm import IGNORE, CausalLM
+from lm_zoo.causal_lm import CausalLM
 from lm_zoo.errors import UserError
 
 DEFAULT_CONTEXT = 2048
@@ -114,32 +114,27 @@ def sum_nats(model: PreTrainedModel, ids: Tensor, *, context: int, stride: int, 
     batch = max(1, TOKENS_PER_CALL // context) if is_zoo else 1
     full, last = windows[:-1], windows[-1:]
     for group in [*(full[i : i + batch] for i in range(0, len(full), batch)), last]:
-        rows = torch.stack([ids[start : start + context] for start, _ in group])
-        labels = torch.stack([ids[start : start + context] for start, _ in group])
-        for row, (start, first) in zip(labels, group, strict=True):
-            row[: first - start] = IGNORE
-        rows, labels = rows.to(model.device), labels.to(model.device)
-        total += _zoo_nats(model, rows, labels, prefix_length) if is_zoo else _logits_nats(model, rows, labels)
+        rows = torch.stack([ids[start : start + context] for start, _ in group]).to(model.device)
+        for nats, (start, first) in zip(token_nats(model, rows, prefix_length), group, strict=True):
+            total += nats[first - start - 1 :].double().sum().item()
     return total
 
 
-def _zoo_nats(model: CausalLM, rows: Tensor, labels: Tensor, prefix_length: int) -> float:
-    """The zoo's own loss, which never builds the logits of a whole window."""
-    hidden = model.hidden_states(rows, prefix_length=prefix_length or None)[:, :-1].flatten(0, 1)
-    losses = model.head_loss(hidden, labels[:, 1:].flatten(), reduction="none")
-    return losses.double().sum().item()
+@torch.inference_mode()
+def token_nats(model: PreTrainedModel, rows: Tensor, prefix_length: int = 0) -> Tensor:
+    """The negative log-likelihood in nats of `rows[:, 1:]`, each token given those before: `[B, T - 1]`, float32.
 
-
-def _logits_nats(model: PreTrainedModel, rows: Tensor, labels: Tensor) -> float:
-    """Any other model: its own logits, because some cap or scale them, upcast a slice at a time."""
+    A model of the zoo never builds the logits of a whole window. Any other gives its own logits, because some cap or
+    scale them, and they are upcast a slice at a time.
+    """
+    targets = rows[:, 1:]
+    if isinstance(model, CausalLM):
+        hidden = model.hidden_states(rows, prefix_length=prefix_length or None)[:, :-1].flatten(0, 1)
+        return model.head_loss(hidden, targets.flatten(), reduction="none").view(targets.shape)
     logits = model(input_ids=rows, use_cache=False).logits
-    total = 0.0
-    for start in range(0, rows.shape[1] - 1, LOGIT_ROWS):
-        end = min(start + LOGIT_ROWS, rows.shape[1] - 1)
-        flat = logits[:, start:end].flatten(0, 1).float()
-        targets = labels[:, start + 1 : end + 1].flatten()
-        total += F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="sum").double().item()
-    return total
+    slices = zip(logits[:, :-1].split(LOGIT_ROWS, dim=1), targets.split(LOGIT_ROWS, dim=1), strict=True)
+    losses = [F.cross_entropy(a.flatten(0, 1).float(), b.flatten(), reduction="none").view(b.shape) for a, b in slices]
+    return torch.cat(losses, dim=1)
 
 
 def _exp(nats_per_token: float) -> float:

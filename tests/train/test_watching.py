@@ -8,9 +8,10 @@ import torch
 from interrupted_runs import Crash, CrashAt
 
 from lm_zoo import ZooConfig, ZooForCausalLM
+from lm_zoo.eval.layer_statistics import layer_statistics
 from lm_zoo.layers import MIXERS, S4D
 from lm_zoo.train import Checkpoints
-from lm_zoo.train.layer_statistics import LONGEST, layer_statistics
+from lm_zoo.train.layer_statistics import LONGEST
 from lm_zoo.train.metrics import read_metrics
 
 OPTIONS = {"mamba2": {"head_size": 32}, "hgrn": {}, "mamba": {}, "s4d": {}}
