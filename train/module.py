@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lm_zoo.config import ZooConfig
 from lm_zoo.errors import UserError
 from lm_zoo.model import ZooForCausalLM
+from lm_zoo.train.compiled import any_size, check_backend, compile_blocks
 from lm_zoo.train.gradients import scale_gradients
 from lm_zoo.train.guard import StepGuard
 from lm_zoo.train.optim import Schedule, parameter_groups
@@ -48,6 +49,7 @@ class ZooModule(L.LightningModule):
             standard deviations; null takes every step whose gradient is finite.
         most_skipped: So many skipped steps in a row end the run, with a report.
         gradient_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
+        compile: Backend of torch.compile for the blocks, as a rule inductor; by default they are not compiled.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ZooModule(L.LightningModule):
         spike_threshold: float | None = 6.0,
         most_skipped: int = 20,
         gradient_checkpointing: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         if preset is None and not config:
@@ -81,13 +84,15 @@ class ZooModule(L.LightningModule):
             raise UserError(f"model.spike_threshold={spike_threshold} must be above 0; null takes every step")
         if most_skipped < 1:
             raise UserError(f"model.most_skipped={most_skipped} is not possible; give at least 1")
+        if compile is not None:
+            check_backend(compile)
         self.preset, self.options = preset, dict(config or {})
         self.zoo_config()  # bad options are told before any data is read
         self.schedule = Schedule(schedule, warmup, decay, final_learning_rate)
         self.muon, self.weight_decay, self.z_loss = optimizer == "muon", weight_decay, z_loss
         self.optimizer_options = {"lr": learning_rate, "betas": tuple(betas)}
         self.guard = StepGuard(spike_threshold, most_skipped)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.backend = gradient_checkpointing, compile
         self.model: ZooForCausalLM | None = None
         self.step_metrics: dict[str, float | Tensor] = {}  # of the latest optimizer step, over all processes
         self._loss_sum: Tensor | float = 0.0  # these two of the micro-batches so far, in this process
@@ -115,16 +120,25 @@ class ZooModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             strategy = self.trainer.strategy
-            sharded = isinstance(strategy, MeshStrategy)
-            self.model = strategy.new_model(self.config) if sharded else ZooForCausalLM(self.config)
-            if self.gradient_checkpointing:
-                model = self.model  # transformers is giving the method a new name
-                getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            if isinstance(strategy, MeshStrategy):
+                self.model = strategy.new_model(self.config, self._prepare)
+            else:
+                self.model = ZooForCausalLM(self.config)
+                self._prepare(self.model)
+
+    def _prepare(self, model: ZooForCausalLM) -> None:
+        """What is done to the blocks of a new model before they are sharded."""
+        if self.gradient_checkpointing:  # transformers is giving the method a new name
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        if self.backend is not None:
+            compile_blocks(model, self.backend, whole=sequence_processes(self.trainer) == 1)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss over the batch's targets, in nats per token; its gradient is that of this process's tokens."""
         z_loss = self.z_loss if self.training else 0.0
         options = {"cu_seqlens": batch.get("cu_seqlens"), "z_loss": z_loss}
+        if self.backend is not None:
+            any_size(options["cu_seqlens"])
         with shared_sequence(self.trainer) as group:
             tokens = {name: batch[name] if group is None else group.segment(batch[name]) for name in TOKENS}
             return self.model(**tokens, **options).loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +98,15 @@ class MeshStrategy(ModelParallelStrategy):
             sizes, names = sizes[1:], names[1:]
         return init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
 
-    def new_model(self, config: ZooConfig) -> ZooForCausalLM:
-        """Sharded block by block, and the rest (embeddings, last norm) as one; gradients are the processes' mean."""
+    def new_model(self, config: ZooConfig, prepare: Callable[[ZooForCausalLM], None]) -> ZooForCausalLM:
+        """Sharded block by block, and the rest (embeddings, last norm) as one; gradients are the processes' mean.
+
+        `prepare` is called before, with the model as it will be sharded.
+        """
         mesh = self.shard_mesh()
 
         def shard(model: ZooForCausalLM) -> None:
+            prepare(model)
             for block in model.model.layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)

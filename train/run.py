@@ -30,6 +30,7 @@ from lm_zoo.train.checkpoints import (
     lost_a_process,
     remove_leftovers,
 )
+from lm_zoo.train.compiled import lacks_compiler
 from lm_zoo.train.data import TextData
 from lm_zoo.train.layer_statistics import LayerStatistics
 from lm_zoo.train.metrics import Metrics, MetricsFile
@@ -49,6 +50,7 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,  # the order of rows already knows its process
     "enable_model_summary": False,
+    "inference_mode": False,  # as in the validations during training: a compiled block is compiled for one mode
 }
 
 
@@ -118,6 +120,11 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
             raise UserError(
                 f"process {trainer.global_rank} stops, because another of the run's {trainer.world_size} processes has "
                 "ended; see what that one said, then continue with --resume last"
+            ) from error
+        if module.backend is not None and lacks_compiler(error):
+            raise UserError(
+                f"model.compile={module.backend} finds no C++ compiler, which it needs on a CPU; install one (g++), or "
+                "leave model.compile out"
             ) from error
         raise
     weights = full_weights(trainer, module.model)  # of all processes

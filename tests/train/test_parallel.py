@@ -98,6 +98,18 @@ def test_fifty_steps_are_those_of_one_process(name, spawn, tmp_path, text_file) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", [None, {"shard": "full"}, {"sequence": 2, "shard": "full"}], ids=str)
+def test_compiled_blocks_on_two_processes(parallel, spawn, tmp_path, text_file) -> None:
+    """They are checkpointed, too. A block that shares a sequence is several graphs."""
+    options = {"max_steps": 4, "data": {"batch_size": 4 if parallel and "sequence" in parallel else 2}}
+    model = {"gradient_checkpointing": True, "compile": "aot_eager"}
+    two = spawn("two", 2, parallel=parallel, model=model, **options)
+    one = ranks_of_a_run.train(tmp_path / "one", text_file, **options | {"data": {"batch_size": 4}})
+    assert largest_difference(one, two) < 1e-12
+    same_weights(tmp_path / "one", tmp_path / "two", 1e-12)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes(spawn, tmp_path) -> None:
     """Of four rows per batch and nine steps in all, each three in other processes."""
     options = {"max_steps": 9, "every_n_steps": 3}
