@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lm_zoo.eval.generation import generate
+from lm_zoo.files import whole_file
 
-HEADING = re.compile(r"^--- step (\d+)$", re.MULTILINE)
+HEADING = re.compile(rb"^--- step (\d+)$", re.MULTILINE)
 PROMPT_TOKENS = 24
 TOKENS = 48
 
@@ -29,12 +31,20 @@ class Samples(L.Callback):
         prompt = module.tokenizer.decode(first, skip_special_tokens=True)
         if not prompt.strip():
             return
-        text = generate(
-            module.model, module.tokenizer, prompt, max_tokens=TOKENS
-        )  # all processes, as it may be sharded
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled again, for one token
+            # In all processes, as the model may be sharded.
+            text = generate(module.model, module.tokenizer, prompt, max_tokens=TOKENS)
         if trainer.is_global_zero:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"--- step {trainer.global_step}\n{text}\n")
+            self._write(trainer.global_step, text)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("sample", text, trainer.global_step)
+
+    def _write(self, step: int, text: str) -> None:
+        samples = self._path.read_bytes() if self._path.exists() else b""
+        for heading in HEADING.finditer(samples):
+            if int(heading[1]) >= step:  # a resumed run may have been here
+                samples = samples[: heading.start()]
+                break
+        with whole_file(self._path) as unfinished:
+            unfinished.write_bytes(samples + f"--- step {step}\n{text}\n".encode())
