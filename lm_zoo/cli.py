@@ -10,7 +10,7 @@ import os
 import sys
 from types import ModuleType
 
-from lm_zoo.commands import generate, harness, list_mixers, perplexity, synthetic
+from lm_zoo.commands import generate, harness, list_mixers, perplexity, serve, synthetic
 from lm_zoo.commands.arguments import Parser
 from lm_zoo.errors import is_user_error, one_line
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "eval synthetic": (synthetic, "train mixers on a task that is made of a seed, and test them"),
     "generate": (generate, "continue a prompt, token by token"),
     "list": (list_mixers, "the token mixers of the zoo"),
+    "serve": (serve, "answer requests of the OpenAI protocol"),
 }
 # These bring parsers of their own, which take seconds to import.
 ELSEWHERE = {
