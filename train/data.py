@@ -291,7 +291,7 @@ def _check_choices(files, dataset, prepared, val_files, val_split) -> None:
     if not given:
         raise UserError("no training text: give --data.files FILE, --data.dataset NAME, or --data.prepared FOLDER")
     if len(given) > 1:
-        raise UserError(f"data.{given[0]} and data.{given[1]} are both given; give one of them")
+        raise UserError(f"data.{given[0]} and data.{given[1]} are both given; give one of them (null for a recipe's)")
     if val_files and val_split:
         raise UserError("data.val_files and data.val_split are both given; give one of them")
     if val_split and not dataset:

@@ -65,6 +65,16 @@ def test_lists_of_files_and_a_trained_tokenizer(capsys, make_text) -> None:
     assert sorted(path.name.split("-")[0] for path in Path("cache").iterdir()) == ["bpe", "tokens", "tokens"]
 
 
+def test_a_prepared_folder_brings_its_tokenizer(capsys) -> None:
+    prepare = ["data", "prepare", "--files", "text.txt", "--tokenizer", "bpe", "--vocab-size", "300"]
+    assert main([*prepare, "--workers", "1", "--out", "tokens"]) == 0
+    assert main(["train", "--config", "gla-tiny", "--data.prepared", "tokens", *SMALL]) == 0
+    tokenizers = [Path(folder, "tokenizer.json").read_text() for folder in ("tokens/tokenizer", "run/model")]
+    assert tokenizers[0] == tokenizers[1]
+    assert main(["train", "--config", "gla-tiny", "--data.prepared", "tokens", "--data.tokenizer", "bytes"]) == 2
+    assert "data.tokenizer=bytes is another one; leave data.tokenizer out" in capsys.readouterr().err
+
+
 def test_help_and_print_config(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
