@@ -76,6 +76,7 @@ def test_a_run_writes_them_once_also_when_it_is_resumed(start_run, tmp_path) -> 
     with pytest.raises(Crash):
         start_run("parts", data=data, checkpoints=Checkpoints(every_n_steps=2), callbacks=[CrashAt(4)], **options)
     start_run("parts", data=data, resume="last", **options)
+    start_run("parts", data=data, resume=tmp_path / "parts" / "checkpoints" / "step-00000003", **options)
     for name in ("layers.csv", "samples.txt"):
         text = (tmp_path / "parts" / name).read_text(encoding="utf-8")
         assert text == (tmp_path / "whole" / name).read_text(encoding="utf-8")
