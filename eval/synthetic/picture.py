@@ -11,13 +11,17 @@ MARKERS = "osD^v<>Ph*X"
 
 
 def draw(content: dict[str, Any], picture: Path) -> None:
-    """Accuracy over the length of the test, or over the size of the state: medians over the seeds, and all between."""
+    """Accuracy over the length of the tests, over the tests by name, or over the size of the state.
+
+    Medians over the seeds, and all between.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
     from matplotlib.ticker import EngFormatter, ScalarFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(ylabel="accuracy", ylim=(-0.03, 1.03), xscale="log")
-    curves = by_length(content) if content["against"] == "length" else by_state(content)
+    scale = "linear" if content["against"] == "tests" else "log"
+    axes = figure.add_subplot(ylabel="accuracy", ylim=(-0.03, 1.03), xscale=scale)
+    curves = by_state(content) if content["against"] == "state" else by_test(content)
     for index, (label, points) in enumerate(curves.items()):
         x, median, worst, best = zip(*sorted(points), strict=True)
         style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
@@ -27,6 +31,10 @@ def draw(content: dict[str, Any], picture: Path) -> None:
     if content["against"] == "length":
         axes.set(xlabel="tokens of a test text", xticks=content["lengths"])
         axes.xaxis.set_major_formatter(ScalarFormatter())
+    elif content["against"] == "tests":
+        names = ["\n".join(name.split(", ", 1)) for name in content["tests"]]
+        axes.set_xticks(range(len(names)), labels=names, fontsize="small")
+        axes.margins(x=0.15)
     else:
         axes.set_xlabel("state: numbers kept of a text, over all layers")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -40,12 +48,13 @@ def draw(content: dict[str, Any], picture: Path) -> None:
 Point = tuple[float, float, float, float]  # where, and the median, the worst and the best accuracy there
 
 
-def by_length(content: dict[str, Any]) -> dict[str, list[Point]]:
-    """A curve for each row; only tests that differ in nothing but their length make sense here."""
+def by_test(content: dict[str, Any]) -> dict[str, list[Point]]:
+    """A curve for each row over the tests: over their lengths if they differ in nothing else, or side by side."""
+    places = content["lengths"] if content["against"] == "length" else range(len(content["tests"]))
     curves, several = {}, len(content["settings"]["hidden_sizes"]) > 1
     for row in _done(content):
         label = f"{row['mixer']}, d = {row['hidden_size']}" if several else row["mixer"]
-        columns = (content["lengths"], row["accuracy"], row["worst"], row["best"])
+        columns = (places, row["accuracy"], row["worst"], row["best"])
         curves[label] = list(zip(*columns, strict=True))
     return curves
 

@@ -4,7 +4,7 @@ A file names a class of `TASKS` and its sizes, the model, named variants of mixe
 
     task: mqar                                  a key of `TASKS`
     sizes: {vocabulary: 512}                    the task's own
-    against: state                              what the picture has below: length (of the test) or state (elements)
+    against: state                              what the picture has below: state (elements), length or tests (by name)
     published: "..."                            what the paper reports, for the page of results
     mixers: {deltanet: {num_heads: 1}}          names for --mixers, with `type` where the name is free
     budgets: {cpu: {...}, gpu: {...}, paper: {...}}         fields of `Budget`
