@@ -26,8 +26,14 @@ class ZooCache(Cache):
         answers = cache.fork(4)                            # four copies of each row, to continue in four ways
         cache.save(path); ZooCache.load(path, model)       # goes on another day
 
-    `length` counts the columns that went in, padding included: `generate()` cuts its input there. The states cannot go
-    back to an earlier token, so `crop` is refused.
+    `length` counts the columns that went in, padding included: `generate()` cuts its input there.
+
+    Tokens can be taken back if that was announced before they came:
+
+        cache.record()                                     # from here on
+        model(guesses, past_key_values=cache)              # any number of calls
+        cache.keep([3, 0])                                 # of row 0 three tokens stay, of row 1 none; announced anew
+        cache.settle()                                     # from here on no more
     """
 
     def __init__(self, states: list[LayerState], length: int = 0, model: CausalLM | None = None):
@@ -37,6 +43,7 @@ class ZooCache(Cache):
         self._model = None if model is None else weakref.ref(model)  # whose states they are
 
     def __getstate__(self) -> dict[str, Any]:
+        self._start: int | None = None  # the length at which the record begins
         return {**self.__dict__, "_model": None}  # no weak reference can be pickled
 
     def __len__(self) -> int:
@@ -64,7 +71,49 @@ class ZooCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+    @property
+    def recording(self) -> bool:
+        """Whether the tokens that come can be taken back."""
+        return self._start is not None
+
+    def record(self) -> None:
+        """From here on tokens can be taken back. It costs a copy of the states, and the keys, values and gates."""
+        for state in self.states:
+            state.begin()
+        self._start = self.length
+
+    def keep(self, counts: list[int]) -> None:
+        """Take back what was read since `record()`, or the last `keep`, but for the first `counts[n]` tokens of row n.
+
+        The states are written again from where they were, by the keys, values and gates of the tokens that stay. Where
+        the counts differ the rows are of different lengths from here on, and `length` is the longest one's.
+        """
+        read = self.read_since_record
+        if len(counts) != self.batch_size or not all(0 <= count <= read for count in counts):
+            raise ValueError(
+                f"counts must be {self.batch_size} numbers from 0 to {read}, the tokens read since record(), "
+                f"got {counts}"
+            )
+        for state in self.states:
+            state.keep(counts, read)
+        self.length += max(counts) - read
+        self.record()
+
+    def settle(self) -> None:
+        """What was read stays, and what comes cannot be taken back."""
+        for state in self.states:
+            state.journal = None
+        self._start = None
+
+    @property
+    def read_since_record(self) -> int:
+        if self._start is None:
+            raise ValueError("the cache cannot go back to an earlier token: call record() before those to be undone")
+        return self.length - self._start
+
+    activate_past_recording = record  # as transformers calls it
+
+        return self.recording
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -74,6 +123,7 @@ class ZooCache(Cache):
             state.reorder_(beam_idx)
 
     def select(self, index: Tensor) -> ZooCache:
+        self._rows_changed()
         """A new cache whose row n is a copy of row `index[n]`; any number of rows."""
         return ZooCache([state.select(index) for state in self.states], self.length, self.model)
 
@@ -111,13 +161,31 @@ class ZooCache(Cache):
         self.length = 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self._rows_changed()
         self.states = [state.select(indices) for state in self.states]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rows_changed()
         self.states = self.fork(repeats).states
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("a ZooCache cannot go back to an earlier token: clone() it before the tokens to be undone")
+        self._rows_changed()
+
+    def _rows_changed(self) -> None:
+        if self.recording:  # what was noted is of other rows: it can no longer be taken back
+            self.record()
+        """transformers' form of `keep`: take back `-tokens_to_remove` tokens of each row."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        if tokens_to_remove == 0 and not self.recording:
+            return
+        kept = self.read_since_record + tokens_to_remove
+        if kept < 0:
+            raise ValueError(
+                f"{-tokens_to_remove} tokens cannot be taken back, only the {self.read_since_record} since record() or "
+                "the last crop"
+            )
+        self.keep([kept] * self.batch_size)
 
     def update(self, *args, **kwargs):
         raise TypeError("a ZooCache holds the states of lm_zoo's layers and takes no keys and values of other models")

@@ -12,6 +12,7 @@ from lm_zoo.cache import ZooCache
 from lm_zoo.kernels.checks import check_cu_seqlens
 from lm_zoo.kernels.sequence_parallel import Segment, SequenceGroup, active_group, mean_over_ranks
 from lm_zoo.layers.prefix import prefix_tokens
+from lm_zoo.layers.base import FEW
 from lm_zoo.modules.padding import Padding
 
 IGNORE = -100  # the label of tokens that do not count
@@ -21,12 +22,12 @@ PREFILL_CHUNK = 4096  # tokens of a long prompt that are read at a time
 class CausalLM(PreTrainedModel, GenerationMixin):
     """Base of the causal language models. A subclass defines `init_cache`, `hidden_states`, `head` and `head_loss`.
 
-    `generate` takes all that transformers offers, but for assisted generation and caches other than `ZooCache`.
+    `generate` takes all that transformers offers, but for caches other than `ZooCache`.
     """
 
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ("past_key_values",)
-    _is_stateful = True  # the cache cannot go back, so assisted generation is refused
+    _is_stateful = False  # in the sense of transformers: the cache can go back, as assisted generation needs it to
 
     def init_cache(self, batch_size: int) -> ZooCache:
         """An empty cache for `batch_size` texts."""
@@ -95,7 +96,8 @@ class CausalLM(PreTrainedModel, GenerationMixin):
                 layers that can do that (`PrefixMixer`; the others stay causal): one number, or one per text. They do
                 not count in the loss. In `generate` it is that of the prompt.
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0 is all. With a cache, no
-                gradients and a number above 0, a long text is read in pieces, whose memory does not grow with it.
+                gradients and a number above 0, a long text is read in pieces, whose memory does not grow with it. Where
+                the cache records, of more than a few tokens only those whose logits are kept can then be taken back.
             z_loss: weight of the squared log-partition in the loss, see `linear_cross_entropy`.
             output_attentions, output_hidden_states: not supported; here because PEFT names them in every call.
             return_dict: whether to return an object (default) or a tuple.
@@ -139,16 +141,20 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         """Let the cache take in a long text piece by piece; what is returned is its end, whose logits are asked for."""
         if input_ids is None or input_ids.dim() != 2 or torch.is_grad_enabled() or active_group() is not None:
             return input_ids, attention_mask
-        ahead = 0
-        if isinstance(kept, int) and kept > 0:
-            ahead = max(0, input_ids.shape[1] - kept) // PREFILL_CHUNK * PREFILL_CHUNK
+        if not isinstance(kept, int) or kept <= 0 or input_ids.shape[1] <= kept:
+            return input_ids, attention_mask
+        recording, ahead = cache.recording, input_ids.shape[1] - kept
+        if not recording:
+            ahead = ahead // PREFILL_CHUNK * PREFILL_CHUNK
+        elif input_ids.shape[1] <= FEW and attention_mask is None:
+            ahead = 0
         if ahead == 0:
             return input_ids, attention_mask
         mask = attention_mask
         if mask is not None:
             mask = Padding.columns(mask, *input_ids.shape, cache.length)
         for start in range(0, ahead, PREFILL_CHUNK):
-            piece = slice(start, start + PREFILL_CHUNK)
+            piece = slice(start, min(start + PREFILL_CHUNK, ahead))
             self.hidden_states(input_ids[:, piece], None if mask is None else mask[:, piece], past_key_values=cache)
         return input_ids[:, ahead:], None if mask is None else mask[:, ahead:]
 
@@ -156,12 +162,16 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids,
         *,
+        if recording:  # what stays in any case is not noted; it may be long, or have padding
+            cache.settle()
         past_key_values=None,
         attention_mask=None,
         inputs_embeds=None,
         is_first_iteration=False,
         **kwargs,
     ):
+        if recording:
+            cache.record()
         if past_key_values is not None and not is_first_iteration:
             attention_mask = None  # the padding is in the prompt, which the cache holds
             kwargs.pop("prefix_length", None)  # and so is the prefix
@@ -204,6 +214,8 @@ def read_tokens(
     *,
     inputs_embeds: Tensor | None,
     past_key_values: ZooCache | None,
+            if generation_config.is_assistant:
+                cache.record()
     cu_seqlens: Tensor | None,
     num_states: int,
     checkpointing: bool,
@@ -213,6 +225,15 @@ def read_tokens(
     Args:
         embed: tokens to embeddings.
         run: the model, `run(x, cache, cu_seqlens)`: `[B, T, D]` to `[B, T, D]`. A padded batch comes to it packed, and
+    def _assisted_decoding(self, *args, **kwargs):
+        """As in transformers; the cache, which may outlive it, no longer records when it is over."""
+        cache = kwargs.get("past_key_values")
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            if cache is not None:
+                cache.settle()
+
             a call in which there is nothing but padding does not.
         input_ids, attention_mask, inputs_embeds, past_key_values, cu_seqlens: as in `CausalLM.forward`.
         num_states: how many states a cache must have.
@@ -257,6 +278,11 @@ def _embed(embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | N
         return inputs_embeds
     try:
         return embed(input_ids)
+    if past_key_values is not None and past_key_values.recording and (cu_seqlens is not None or group is not None):
+        raise ValueError(
+            "past_key_values records, to take tokens back, and then takes no padding, packed documents or segments: "
+            "read those before record()"
+        )
     except IndexError as error:  # only the CPU raises it; elsewhere looking at the ids would stall the device
         raise ValueError(
             f"input_ids must be in [0, vocab_size = {embed.num_embeddings}), got ids from "

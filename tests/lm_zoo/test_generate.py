@@ -171,8 +171,6 @@ def test_bytes_of_state(make_model, tokens):
 def test_what_cannot_work_is_refused(make_model, tokens):
     model = make_model("gla")
     ids = tokens(1, 4)
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(ids, max_new_tokens=3, assistant_model=make_model("gla"))
     with pytest.raises(ValueError, match="cache_implementation must be None, got 'static'"):
         model.generate(ids, max_new_tokens=3, cache_implementation="static")
     with pytest.raises(TypeError, match="past_key_values must be a ZooCache"):

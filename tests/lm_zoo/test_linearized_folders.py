@@ -185,8 +185,6 @@ def test_generation_goes_as_the_teachers():
     assert model.generation_config.eos_token_id == 7
     model.generation_config.eos_token_id = 8
     assert base.generation_config.eos_token_id == 7
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(IDS, max_new_tokens=3, assistant_model=base)
 
 
 def test_embeddings_can_be_resized():

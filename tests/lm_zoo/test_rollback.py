@@ -8,7 +8,6 @@ from compare import assert_close
 from inner_mixers import MIXERS as INNER
 from inner_mixers import Texts, call, make_mixer, start
 
-
 COUNTS = ([3, 0, 5, 3], [4, 5, 1, 2], [2, 2, 2, 2], [0, 0, 0, 0], [5, 5, 5, 5])  # kept of each block, per row
 CALLS = ([5], [1, 1, 1, 1, 1], [2, 1, 2], [5], [1, 4])  # how the tokens of each block come in
 PROMPT, BLOCK, TAIL = 9, 5, 4
