@@ -8,6 +8,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny_teachers import new_teacher
+from tokenizers.processors import TemplateProcessing
 
 from lm_zoo import ZooConfig, ZooForCausalLM
 from lm_zoo.errors import UserError
@@ -88,12 +89,11 @@ def choices() -> list[tuple[str, str]]:
     return pairs
 
 
-def beside_hflm(model, method: str, arguments: list[tuple], **options) -> tuple[list, list, HarnessLM]:
-    tokenizer = byte_tokenizer()
+def beside_hflm(model, method: str, arguments: list[tuple], tokenizer=None, **options) -> tuple[list, list, HarnessLM]:
+    tokenizer = tokenizer or byte_tokenizer()
     lm = HarnessLM(model, tokenizer, batch_size=4, **options)
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=options.get("max_length"))
-    kind = "loglikelihood" if method == "loglikelihood" else method
-    actual, expected = (getattr(one, method)(instances(kind, arguments), disable_tqdm=True) for one in (lm, plain))
+    actual, expected = (getattr(one, method)(instances(method, arguments), disable_tqdm=True) for one in (lm, plain))
     return actual, expected, lm
 
 
@@ -130,6 +130,21 @@ def test_rolling_loglikelihoods_are_those_of_hflm(model):
         assert actual == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_tokenizer_that_marks_the_start_marks_it_once():
+    tokenizer = byte_tokenizer()
+    mark = ("<|endoftext|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{mark[0]} $A", special_tokens=[mark])
+    assert tokenizer("a")["input_ids"] == [mark[1], 97]
+    model = hybrid()
+    actual, expected, _ = beside_hflm(model, "loglikelihood", choices(), tokenizer)
+    assert [nats for nats, _ in actual] == pytest.approx([nats for nats, _ in expected], rel=1e-9)
+    for text in ("gate", "<|endoftext|>gate"):  # of a batch HFLM looks at the first text only
+        actual, expected, _ = beside_hflm(model, "generate_until", [(text, {"max_gen_toks": 3})], tokenizer)
+        assert actual == expected
+        actual, expected, _ = beside_hflm(model, "loglikelihood_rolling", [(text,)], tokenizer)
+        assert actual == pytest.approx(expected, rel=1e-9)
+
+
 def test_in_float32_the_difference_is_rounding():
     model = hybrid().float()
     actual, expected, _ = beside_hflm(model, "loglikelihood", choices())
@@ -157,7 +172,7 @@ def test_a_row_stops_as_soon_as_a_stop_string_stands_there(stop):
     assert criterion(ids, None).tolist() == [True, False, False]
 
 
-def test_each_shared_beginning_is_read_once():
+def test_each_shared_beginning_is_read_once(monkeypatch):
     model, tokenizer = hybrid(), byte_tokenizer()
     lm = HarnessLM(model, tokenizer, batch_size=2)
     context = "c" * 100
@@ -167,9 +182,12 @@ def test_each_shared_beginning_is_read_once():
     # of an answer all but its last token is read
     assert lm.work.read == 100 + 2 * 3 + 40 + 2 * 3
     assert lm.work.asked == sum(len(context) + len(answer) - 1 for context, answer in pairs)
-    lm = HarnessLM(model, tokenizer, batch_size=2)
-    lm.generate_until(instances("generate_until", [(context + end, {"max_gen_toks": 2}) for end in ("ab", "cd", "ef")]))
+    lm, generate, rows = HarnessLM(model, tokenizer, batch_size=2), model.generate, []
+    monkeypatch.setattr(model, "generate", lambda ids, **options: rows.append(len(ids)) or generate(ids, **options))
+    contexts = [context + end for end in ("ab", "cd", "ef", "e")]
+    lm.generate_until(instances("generate_until", [(one, {"max_gen_toks": 2}) for one in contexts]))
     assert lm.work.read == 100 + 3  # generate() reads the last token of each by itself
+    assert sorted(rows) == [1, 1, 2]
 
 
 def test_long_texts_are_read_in_pieces(monkeypatch):
