@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-CONTEXT = 6  # tokens of the prompt that are looked at: whether the first new one begins with a space, for one
-LONGEST_CHARACTER = 4  # bytes
+CONTEXT = 8  # tokens at the end of a prompt within which a character ends
+COUNTS = range(4, 8)  # tokens before that are looked at: as many as a character has bytes, so that one begins there
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are no whole character (yet)
 
 
@@ -21,32 +22,34 @@ class Decoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]):
         self._tokenizer = tokenizer
-        for count in range(CONTEXT, CONTEXT + LONGEST_CHARACTER):  # not to begin within a character
-            self._ids = list(prompt[-count:])
-            text = self._decode()
-            if not text.startswith(UNFINISHED):
+        # A prompt of ids may end within a character, which is then the first one of the text.
+        for end, count in itertools.product(range(len(prompt), len(prompt) - CONTEXT, -1), COUNTS):
+            start = max(0, end - count)
+            self._given = self._decode(prompt[start:end])
+            if not self._given.startswith(UNFINISHED) and not self._given.endswith(UNFINISHED):
                 break
-        self._begin = len(self._ids)  # of the tokens whose text was not given out
-        # A prompt of ids may end within a character, whose end is then the first one of the text.
-        self._given = text.rstrip(UNFINISHED)
+        else:
+            start, end, self._given = len(prompt), len(prompt), ""
+        self._ids = list(prompt[start:])
+        self._begin = end - start  # of the tokens whose text was not given out
 
     def push(self, token: int) -> str:
         self._ids.append(token)
-        text = self._decode()
+        text = self._decode(self._ids)
         new = text[len(self._given) :]
         if not new or text.endswith(UNFINISHED):
             return ""
         del self._ids[: self._begin]
         self._begin = len(self._ids)
-        self._given = self._decode()
+        self._given = self._decode(self._ids)
         return new
 
     def flush(self) -> str:
         """The rest, at the end of the text."""
-        return self._decode()[len(self._given) :]
+        return self._decode(self._ids)[len(self._given) :]
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class StopStrings:
