@@ -21,7 +21,7 @@ from lm_eval.evaluator import evaluate as lm_evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lm_zoo.eval.harness.adapter import HarnessLM
-from lm_zoo.eval.harness.tasks import load_tasks
+from lm_zoo.eval.harness.tasks import check_examples, load_tasks
 
 SEED = 1234  # lm-eval's, for the choice of examples and for sampling
 RESAMPLES = 1000  # of the few metrics whose standard error is bootstrapped
@@ -83,6 +83,7 @@ def harness(
             default = task.get_config("num_fewshot")
             if default is None or (num_fewshot is not None and default != 0):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            check_examples(task)
             task.set_fewshot_seed(seed=SEED)
         start = time.perf_counter()
         results = lm_evaluate(lm=lm, task_dict=found, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)

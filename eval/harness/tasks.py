@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from lm_eval.api.metrics import bypass  # noqa: F401  registers the metrics
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
@@ -63,6 +64,18 @@ def check_metrics(name: str, manager: TaskManager) -> None:
 def _check_known(what: str, name: object, known: Iterable[str]) -> None:
     if isinstance(name, str) and not Path(name).is_absolute() and name not in known:  # an absolute path: a !function
         raise UserError(f"{what} {name!r}{_nearest(name, known)}")
+
+
+def check_examples(task: Task) -> None:
+    """UserError if a task cannot have as many worked examples as it is set to."""
+    count = task.get_config("num_fewshot")
+    if not count:
+        return
+    task.set_fewshot_seed(0)
+    try:
+        task.fewshot_context(next(iter(task.eval_docs)), count)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"num_fewshot {count} is too many for task {task.task_name!r}: {one_line(error)}") from error
 
 
 def _unknown(names: Iterable[str], manager: TaskManager) -> list[str]:

@@ -7,7 +7,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from lm_zoo.commands.arguments import positive, seed
+from lm_zoo.commands.arguments import positive
+from lm_zoo.commands.arguments import seed as whole_number
 from lm_zoo.errors import UserError
 
 
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", required=True, metavar="NAMES", help="tasks or groups, with commas between them")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task files of your own")
     parser.add_argument(
-        "--num-fewshot", type=seed, metavar="N", help="examples before each question (default: the task's)"
+        "--num-fewshot", type=whole_number, metavar="N", help="examples before each question (default: the task's)"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N documents of each task")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="texts at a time (default 16)")

@@ -268,6 +268,11 @@ def test_a_task_file_that_cannot_work_says_why(refused, tmp_path, change, messag
     assert message in refused("--tasks", "own_group", "--include-path", folder)
 
 
+def test_more_examples_than_there_are_is_one_line(refused, tasks):
+    line = refused("--tasks", "own_choice", "--include-path", tasks, "--num-fewshot", "12")
+    assert "num_fewshot 12 is too many for task 'own_choice'" in line
+
+
 def test_data_out_of_reach_is_one_line(refused, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert "the data of task 'recall_swde' is neither here nor to be fetched" in refused("--tasks", "recall_swde")
