@@ -12,6 +12,7 @@ __all__ = [
     "HGRN2",
     "MIXERS",
     "S4D",
+    "DecodeStep",
     "DeltaNet",
     "DeltaProduct",
     "GatedDeltaNet",
@@ -33,6 +34,7 @@ __all__ = [
     "ZooConfig",
     "ZooForCausalLM",
     "ZooModel",
+    "pack_weights",
 ]
 
 if importlib.util.find_spec("transformers") is not None:
@@ -40,6 +42,7 @@ if importlib.util.find_spec("transformers") is not None:
 
     from lm_zoo.cache import ZooCache
     from lm_zoo.config import ZooConfig
+    from lm_zoo.decode import DecodeStep
     from lm_zoo.layers import (
         HGRN,
         HGRN2,
@@ -62,6 +65,7 @@ if importlib.util.find_spec("transformers") is not None:
     )
     from lm_zoo.linearized import LinearizedConfig, LinearizedForCausalLM
     from lm_zoo.model import ZooForCausalLM, ZooModel
+    from lm_zoo.packing import pack_weights
     from lm_zoo.prefix_store import PrefixStore
 
     AutoConfig.register(ZooConfig.model_type, ZooConfig, exist_ok=True)

@@ -15,6 +15,7 @@ from lm_zoo.layers import LayerState
 
 if TYPE_CHECKING:
     from lm_zoo.causal_lm import CausalLM
+    from lm_zoo.decode import DecodeStep
 
 
 class ZooCache(Cache):
@@ -40,11 +41,12 @@ class ZooCache(Cache):
         super().__init__(layers=[])  # the states stand in for the layers of transformers
         self.states = states
         self.length = length
+        self.step: DecodeStep | None = None  # of the `generate()` that is going on
         self._model = None if model is None else weakref.ref(model)  # whose states they are
+        self._start: int | None = None  # the length at which the record begins
 
     def __getstate__(self) -> dict[str, Any]:
-        self._start: int | None = None  # the length at which the record begins
-        return {**self.__dict__, "_model": None}  # no weak reference can be pickled
+        return {**self.__dict__, "_model": None, "step": None}  # no weak reference can be pickled
 
     def __len__(self) -> int:
         return len(self.states)
@@ -69,8 +71,6 @@ class ZooCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
-    @property
-    def is_croppable(self) -> bool:
     @property
     def recording(self) -> bool:
         """Whether the tokens that come can be taken back."""
@@ -113,6 +113,8 @@ class ZooCache(Cache):
 
     activate_past_recording = record  # as transformers calls it
 
+    @property
+    def is_croppable(self) -> bool:
         return self.recording
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -121,9 +123,9 @@ class ZooCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for state in self.states:
             state.reorder_(beam_idx)
+        self._rows_changed()
 
     def select(self, index: Tensor) -> ZooCache:
-        self._rows_changed()
         """A new cache whose row n is a copy of row `index[n]`; any number of rows."""
         return ZooCache([state.select(index) for state in self.states], self.length, self.model)
 
@@ -159,21 +161,21 @@ class ZooCache(Cache):
         for state in self.states:
             state.reset()
         self.length = 0
+        self._rows_changed()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows_changed()
         self.states = [state.select(indices) for state in self.states]
+        self._rows_changed()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows_changed()
         self.states = self.fork(repeats).states
-
-    def crop(self, tokens_to_remove: int) -> None:
         self._rows_changed()
 
     def _rows_changed(self) -> None:
         if self.recording:  # what was noted is of other rows: it can no longer be taken back
             self.record()
+
+    def crop(self, tokens_to_remove: int) -> None:
         """transformers' form of `keep`: take back `-tokens_to_remove` tokens of each row."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")

@@ -9,14 +9,17 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lm_zoo.cache import ZooCache
+from lm_zoo.decode import DecodeStep, recordable
 from lm_zoo.kernels.checks import check_cu_seqlens
 from lm_zoo.kernels.sequence_parallel import Segment, SequenceGroup, active_group, mean_over_ranks
-from lm_zoo.layers.prefix import prefix_tokens
 from lm_zoo.layers.base import FEW
+from lm_zoo.layers.prefix import prefix_tokens
 from lm_zoo.modules.padding import Padding
+from lm_zoo.packing import unpacked
 
 IGNORE = -100  # the label of tokens that do not count
 PREFILL_CHUNK = 4096  # tokens of a long prompt that are read at a time
+STEPWISE = ("greedy_search", "sample", "beam_search", "beam_sample")  # modes of generation that go token by token
 
 
 class CausalLM(PreTrainedModel, GenerationMixin):
@@ -53,6 +56,15 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", z_loss: float = 0.0) -> Tensor:
         """Cross entropy of `head(hidden)`, `[N, D]`, and targets `[N]`, as `linear_cross_entropy` computes it."""
         raise NotImplementedError(f"{type(self).__name__} does not define head_loss")
+
+    def decode_parts(self, cache: ZooCache) -> list[tuple[bool, Callable[[Tensor], Tensor]]]:
+        """What makes logits `[B, 1, V]` of one token of each row, in turn, and whether each part has tensors of fixed
+        shapes and addresses, so that it can be recorded (`DecodeStep`)."""
+        return [(False, lambda ids: self.head(self.hidden_states(ids, past_key_values=cache)))]
+
+    def save_pretrained(self, save_directory, *, state_dict: dict[str, Tensor] | None = None, **kwargs) -> None:
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        super().save_pretrained(save_directory, state_dict=unpacked(state_dict), **kwargs)
 
     @property
     def _cache_dtype(self) -> torch.dtype:
@@ -108,6 +120,11 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None and given is not None:
             past_key_values = self.init_cache(given.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        step = getattr(past_key_values, "step", None)
+        if step is not None and step.armed:
+            step.armed = False
+            output = CausalLMOutputWithPast(logits=step(input_ids), past_key_values=past_key_values)
+            return output.to_tuple() if return_dict is False else output
         whole = labels is not None or cu_seqlens is not None or prefix_length is not None
         if not whole and isinstance(past_key_values, ZooCache):
             input_ids, attention_mask = self._read_ahead(input_ids, attention_mask, past_key_values, logits_to_keep)
@@ -150,32 +167,32 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             ahead = 0
         if ahead == 0:
             return input_ids, attention_mask
+        if recording:  # what stays in any case is not noted; it may be long, or have padding
+            cache.settle()
         mask = attention_mask
         if mask is not None:
             mask = Padding.columns(mask, *input_ids.shape, cache.length)
         for start in range(0, ahead, PREFILL_CHUNK):
             piece = slice(start, min(start + PREFILL_CHUNK, ahead))
             self.hidden_states(input_ids[:, piece], None if mask is None else mask[:, piece], past_key_values=cache)
+        if recording:
+            cache.record()
         return input_ids[:, ahead:], None if mask is None else mask[:, ahead:]
 
     def prepare_inputs_for_generation(
         self,
         input_ids,
         *,
-        if recording:  # what stays in any case is not noted; it may be long, or have padding
-            cache.settle()
         past_key_values=None,
         attention_mask=None,
         inputs_embeds=None,
         is_first_iteration=False,
         **kwargs,
     ):
-        if recording:
-            cache.record()
         if past_key_values is not None and not is_first_iteration:
             attention_mask = None  # the padding is in the prompt, which the cache holds
             kwargs.pop("prefix_length", None)  # and so is the prefix
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
@@ -183,6 +200,10 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        step = getattr(past_key_values, "step", None)
+        if step is not None and not is_first_iteration:
+            step.armed = inputs["input_ids"].shape[1] == 1
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -199,11 +220,25 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             cache = self.init_cache(batch_size * copies)
+            if generation_config.is_assistant:
+                cache.record()
         else:
             if copies > 1 and cache.batch_size == batch_size:
                 cache = cache.fork(copies)
             cache._is_user_defined = True  # as transformers marks a cache that outlives generate()
+        if isinstance(cache, ZooCache):
+            quick = self.device.type == "cpu" and generation_mode in STEPWISE and recordable(self, cache)
+            cache.step = DecodeStep(self, cache) if quick else None
         model_kwargs["past_key_values"] = cache
+
+    def _assisted_decoding(self, *args, **kwargs):
+        """As in transformers; the cache, which may outlive it, no longer records when it is over."""
+        cache = kwargs.get("past_key_values")
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            if cache is not None:
+                cache.settle()
 
 
 def read_tokens(
@@ -214,8 +249,6 @@ def read_tokens(
     *,
     inputs_embeds: Tensor | None,
     past_key_values: ZooCache | None,
-            if generation_config.is_assistant:
-                cache.record()
     cu_seqlens: Tensor | None,
     num_states: int,
     checkpointing: bool,
@@ -225,15 +258,6 @@ def read_tokens(
     Args:
         embed: tokens to embeddings.
         run: the model, `run(x, cache, cu_seqlens)`: `[B, T, D]` to `[B, T, D]`. A padded batch comes to it packed, and
-    def _assisted_decoding(self, *args, **kwargs):
-        """As in transformers; the cache, which may outlive it, no longer records when it is over."""
-        cache = kwargs.get("past_key_values")
-        try:
-            return super()._assisted_decoding(*args, **kwargs)
-        finally:
-            if cache is not None:
-                cache.settle()
-
             a call in which there is nothing but padding does not.
         input_ids, attention_mask, inputs_embeds, past_key_values, cu_seqlens: as in `CausalLM.forward`.
         num_states: how many states a cache must have.
@@ -260,6 +284,11 @@ def read_tokens(
         if past_key_values is not None and group is not None:
             raise ValueError("ranks cannot share a padded batch with a cache: leave out past_key_values or the padding")
         x, cu_seqlens = padding.pack(x), padding.cu_seqlens
+    if past_key_values is not None and past_key_values.recording and (cu_seqlens is not None or group is not None):
+        raise ValueError(
+            "past_key_values records, to take tokens back, and then takes no padding, packed documents or segments: "
+            "read those before record()"
+        )
     if x.shape[1] > 0:  # nothing but padding leaves the states as they are
         x = run(x, past_key_values, cu_seqlens)
     if past_key_values is not None:
@@ -278,11 +307,6 @@ def _embed(embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | N
         return inputs_embeds
     try:
         return embed(input_ids)
-    if past_key_values is not None and past_key_values.recording and (cu_seqlens is not None or group is not None):
-        raise ValueError(
-            "past_key_values records, to take tokens back, and then takes no padding, packed documents or segments: "
-            "read those before record()"
-        )
     except IndexError as error:  # only the CPU raises it; elsewhere looking at the ids would stall the device
         raise ValueError(
             f"input_ids must be in [0, vocab_size = {embed.num_embeddings}), got ids from "

@@ -12,6 +12,7 @@ from lm_zoo.cache import ZooCache
 from lm_zoo.causal_lm import IGNORE, CausalLM, read_tokens
 from lm_zoo.config import ZooConfig
 from lm_zoo.layers import MIXERS, LayerState, PrefixMixer
+from lm_zoo.layers.kv_state import GrowingKeyValues
 from lm_zoo.modules.loss import linear_cross_entropy
 from lm_zoo.modules.mlp import SwiGLU
 from lm_zoo.modules.norm import RMSNorm
@@ -152,6 +153,14 @@ class ZooForCausalLM(CausalLM):
             cu_seqlens=cu_seqlens,
             prefix_length=prefix_length,
         )
+
+    def decode_parts(self, cache):
+        layers = zip(self.model.layers, cache.states, strict=True)
+        return [
+            (True, self.model.embed_tokens),
+            *((not isinstance(state, GrowingKeyValues), partial(layer, state=state)) for layer, state in layers),
+            (True, lambda x: self.head(self.model.norm(x))),
+        ]
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

@@ -1,0 +1,157 @@
+"""What a CUDA graph is on a GPU, for a CPU: a function's operations, recorded once and replayed without its Python.
+
+A decoding step of a small model takes as long as its calls. A tape has one call per operation: each writes to the
+tensor that it made when it was recorded, so that views are made once, and modules, checks and shapes cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lm_zoo.packing import Products
+
+UNREPEATABLE = (  # what such an operation gave would be replayed as a constant
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+)
+
+
+class Tape:
+    """The operations that `function(x)` runs: recording runs them once, and so does each call.
+
+    The tensors that the function reads and writes are taken by their addresses: new values in them are seen, new
+    tensors in their place are not. What it does besides, as counting in a Python number, is not repeated. Weights of
+    `pack_weights` that take the same input are one product.
+
+    `output` is the tensor that the function returned, in which each call leaves its result. `refusal` is the name of an
+    operation that cannot be replayed, where there was one; the recorded run is valid even so.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
+        self.input = x.clone()
+        recorder = _Recorder()
+        with recorder:
+            self.output = function(self.input)
+        self.refusal = recorder.refusal
+        self.calls = recorder.calls()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.input.copy_(x)
+        for call in self.calls:
+            call()
+        return self.output
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs operations, and notes how to run each of them again into the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[tuple[Callable[[], object], set[int], set[int]]] = []  # call, storages read and made
+        self.written: set[int] = set()  # storages that operations write to in place
+        self.products = Products()
+        self.rewrites = {torch.ops.aten.linear.default: self.products.linear, torch.ops.aten.rms_norm.default: rms_norm}
+        self.refusal: str | None = None
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(tag in UNREPEATABLE for tag in op.tags):
+            self.refusal = op.name()
+        read = storages((args, kwargs))
+        if op._schema.is_mutable:
+            result = op(*args, **kwargs)
+            self.written |= storages(result)
+            self.products.forget(storages(result))
+            self.notes.append((partial(binding(op), *args, **kwargs), read, set()))
+            return result
+        if op in self.rewrites and (rewritten := self.rewrites[op](*args, **kwargs)) is not None:
+            result, calls = rewritten
+            self.notes += [(call, read, set()) for call in calls]
+            return result
+        result = op(*args, **kwargs)
+        made = storages(result)
+        if not made <= read:  # else a view, which stays what it is
+            self.notes.append((_again(op, args, kwargs, result), read, made))
+        return result
+
+    def calls(self) -> list[Callable[[], object]]:
+        """All of them but those that compute a constant: from nothing, or from constants alone."""
+        constant, calls = set(), []
+        for call, read, made in self.notes:
+            if made and read <= constant and not made & self.written:
+                constant |= made
+            else:
+                calls.append(call)
+        return calls
+
+
+def storages(values: object) -> set[int]:
+    """The addresses of the memory that tensors lie in."""
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
+
+
+def rms_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, list[Callable]] | None:
+    """x / sqrt(|x|^2 / D + eps) * weight and the calls that compute it, half as long as torch's own."""
+    if len(shape) != 1 or weight is None or eps is None or x.dtype != weight.dtype:
+        return None
+    norm = x.new_empty(*x.shape[:-1], 1)
+    eps, result = torch.full_like(norm, eps), torch.empty_like(x)
+    calls = [
+        partial(torch.linalg.vector_norm, x, 2, -1, True, out=norm),
+        partial(torch.addcmul, eps, norm, norm, value=1 / shape[0], out=norm),
+        partial(torch.rsqrt, norm, out=norm),
+        partial(torch.mul, x, norm, out=result),
+        partial(torch.mul, result, weight, out=result),
+    ]
+    for call in calls:
+        call()
+    return result, calls
+
+
+def _again(op, args: tuple, kwargs: dict, result: object) -> Callable[[], object]:
+    """A call that computes `op` into the tensors of `result`."""
+    if isinstance(result, Tensor):
+        for function in (binding(op), out_variant(op)):
+            try:
+                call = partial(function, *args, **kwargs, out=result)
+                call()
+            except (TypeError, RuntimeError):
+                continue
+            return call
+    return partial(_copy_into, tree_leaves(result), op, args, kwargs)
+
+
+def _copy_into(results: list[object], op, args: tuple, kwargs: dict) -> None:
+    for result, new in zip(results, tree_leaves(op(*args, **kwargs)), strict=True):
+        if isinstance(result, Tensor):
+            result.copy_(new)
+
+
+@cache
+def binding(op) -> Callable:
+    """Python's own function for an operation, where there is one: calling it costs half as much."""
+    name = op._schema.name.split("::")[1]
+    owner = torch.Tensor if op._schema.is_mutable else torch
+    return getattr(owner, name, op)
+
+
+@cache
+def out_variant(op) -> Callable:
+    """The overload that takes the same arguments and `out`; the operation itself where there is none."""
+    wanted = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+    for name in op.overloadpacket.overloads():
+        overload = getattr(op.overloadpacket, name)
+        arguments = overload._schema.arguments
+        given = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out]
+        if given == wanted and [argument.name for argument in arguments if argument.is_out] == ["out"]:
+            return overload
+    return op
