@@ -24,7 +24,7 @@ def processor() -> str:
 
 def commit() -> str:
     """The commit of the checkout that this runs from; "" for an installed package."""
-    folder = Path(__file__).resolve().parents[2]
+    folder = Path(__file__).resolve().parents[1]
     if not (folder / ".git").exists():
         return ""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)

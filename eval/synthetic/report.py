@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shlex
 import statistics
 import sys
@@ -40,7 +41,10 @@ class Progress:
 
 
 def write_report(plan: Plan, results: dict[str, Result], folder: Path, *, minutes: float) -> str:
-    """results.json, results.csv and results.png in `folder`; returns the table for the screen."""
+    """results.json, results.csv and results.png in `folder`; returns the table for the screen.
+
+    The `minutes` of this sweep come on top of those that an earlier one in this folder took.
+    """
     rows = summary(plan, results)
     done = [(run, results[run.name]) for run in due(plan, results) if run.name in results]
     content = {
@@ -57,7 +61,7 @@ def write_report(plan: Plan, results: dict[str, Result], folder: Path, *, minute
         "command": command(plan),
         **machine(plan.budget.device),
         "jobs": plan.budget.jobs,
-        "minutes": round(minutes, 1),
+        "minutes": round(minutes + earlier_minutes(folder / "results.json"), 1),
         "run_minutes": round(sum(result["seconds"] for _, result in done) / 60, 1),
         "rows": rows,
     }
@@ -96,6 +100,10 @@ def summary(plan: Plan, results: dict[str, Result]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def earlier_minutes(path: Path) -> float:
+    return json.loads(path.read_text(encoding="utf-8"))["minutes"] if path.exists() else 0.0
 
 
 def part_name(part: dict[str, Any]) -> str:
