@@ -55,6 +55,8 @@ def check_metrics(name: str, manager: TaskManager) -> None:
         if isinstance(child, str) and child in manager.task_index:
             check_metrics(child, manager)
     for metric in config.get("metric_list") or []:
+        if not isinstance(metric, dict):
+            raise UserError(f"task {name!r}: metric_list holds {metric!r}; write it as {{metric: {metric}}}")
         called, aggregation = metric.get("metric"), metric.get("aggregation")
         if "process_results" not in config and not metric.get("hf_evaluate"):
             _check_known(f"task {name!r}: no metric", called, METRIC_REGISTRY)

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -168,6 +170,18 @@ def test_command_prints_a_line_per_metric_and_writes_json(tasks, saved, tmp_path
     assert "texts cut on the left to 60 tokens" in printed
 
 
+def test_the_task_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    config = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, flags=re.DOTALL)[1])
+    config["dataset_kwargs"]["cache_dir"] = str(tmp_path / "cache")
+    (tmp_path / "capitals.yaml").write_text(yaml.safe_dump(config))
+    row = {"question": "The capital of France is", "choices": ["Rome", "Paris"], "label": 1}
+    (tmp_path / "capitals.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    report = harness(zoo(), byte_tokenizer(), ["capitals"], include_path=".")
+    assert [row.metric for row in report.measured] == ["acc", "acc_norm"]
+
+
 def test_the_recall_suite_names_its_data():
     index = TaskManager(include_path=str(OWN), include_defaults=False)
     assert index.task_index["recall"].cfg["task"] == list(RECALL)
@@ -257,6 +271,7 @@ def test_a_folder_that_may_not_be_read_is_named(refused, tasks, monkeypatch):
     ("change", "message"),
     [
         ("metric_list: [{metric: ac}]", "task 'own_choice': no metric 'ac'; the nearest are acc"),
+        ("metric_list: [acc]", "task 'own_choice': metric_list holds 'acc'; write it as {metric: acc}"),
         ("metric_list: [{metric: acc, aggregation: meen}]", "no aggregation 'meen'; the nearest are mean"),
         ("doc_to_choice: nothing", "task 'own_group' cannot be set up: "),
     ],
