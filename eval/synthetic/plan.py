@@ -2,6 +2,7 @@
 
 A file names a class of `TASKS` and its sizes, the model, named variants of mixers, and budgets:
 
+    title: Recall                               for people; by default, the file's name
     task: mqar                                  a key of `TASKS`
     sizes: {vocabulary: 512}                    the task's own
     against: state                              what the picture has below: state (elements), length or tests (by name)
@@ -106,6 +107,7 @@ class Plan:
     """A file's budget with the mixers that were asked for."""
 
     name: str
+    title: str
     task: str
     sizes: dict[str, Any]
     against: str
@@ -160,6 +162,7 @@ def read_plan(name: str, budget: str, mixers: list[str] | None = None, jobs: int
     asked = dict(parse_mixer(text, variants) for text in (mixers or chosen.mixers))
     plan = Plan(
         name=name,
+        title=content.get("title", name.replace("_", " ").capitalize()),
         task=content["task"],
         sizes=content.get("sizes", {}),
         against=content["against"],

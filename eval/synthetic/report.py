@@ -50,6 +50,7 @@ def write_report(plan: Plan, results: dict[str, Result], folder: Path, *, minute
     content = {
         "kind": "synthetic",
         "task": plan.name,
+        "title": plan.title,
         "budget": plan.budget_name,
         "against": plan.against,
         "published": plan.published,
