@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError('serving needs FastAPI, uvicorn and prometheus-client: pip install "lm_zoo[serve]"')
+    from lm_zoo import pack_weights
     from lm_zoo.eval.loading import check_folder, load_model
     from lm_zoo.prefix_store import PrefixStore
     from lm_zoo.serving.engine import Engine
@@ -57,26 +58,26 @@ def run(arguments: argparse.Namespace) -> None:
     if key is not None and not key.strip():
         raise UserError(f"the API key is empty; give one with --api-key or ${API_KEY}, or neither")
     check_folder(arguments.model)
-    listener = listen(arguments.host, arguments.port)
-    model, tokenizer = load_model(arguments.model)
-    size = arguments.prefix_store
-    engine = Engine(
-        model,
-        tokenizer,
-        max_batch=arguments.max_batch,
-        max_queue=arguments.max_queue,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-        max_tokens=arguments.max_tokens,
-        max_seconds=arguments.max_seconds,
-        prefix_store=None if size is None else PrefixStore(model, budget=size),
-    )
-    name = arguments.name or arguments.model.resolve().name
-    host, number = listener.getsockname()[:2]
-    if key is None and not ipaddress.ip_address(host).is_loopback:
-        print(f"lm-zoo: {host} can be reached from elsewhere, and there is no API key", file=sys.stderr)
+    with listen(arguments.host, arguments.port) as listener:  # first: to load a model takes time
+        model, tokenizer = load_model(arguments.model)
+        size = arguments.prefix_store
+        engine = Engine(
+            pack_weights(model),
+            tokenizer,
+            max_batch=arguments.max_batch,
+            max_queue=arguments.max_queue,
+            max_prompt_tokens=arguments.max_prompt_tokens,
+            max_tokens=arguments.max_tokens,
+            max_seconds=arguments.max_seconds,
+            prefix_store=None if size is None else PrefixStore(model, budget=size),
+        )
+        name = arguments.name or arguments.model.resolve().name
+        host, number = listener.getsockname()[:2]
+        if key is None and not ipaddress.ip_address(host).is_loopback:
+            print(f"lm-zoo: whoever reaches {host} may use this: there is no API key", file=sys.stderr)
 
-    def ready() -> None:
-        at = f"[{host}]" if ":" in host else host
-        print(f"lm-zoo: {name} at http://{at}:{number}/v1", file=sys.stderr, flush=True)
+        def ready() -> None:
+            at = f"[{host}]" if ":" in host else host
+            print(f"lm-zoo: {name} at http://{at}:{number}/v1", file=sys.stderr, flush=True)
 
-    serve(engine, name, listener, api_key=key, grace=arguments.grace, ready=ready)
+        serve(engine, name, listener, api_key=key, grace=arguments.grace, ready=ready)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -23,6 +23,7 @@ from lm_zoo.serving.metrics import Metrics
 from lm_zoo.serving.protocol import Answer, ChatBody, CompletionBody, error_body, usage
 from lm_zoo.serving.request import Closed, Completion, EngineError, Piece, QueueFull, Request
 from lm_zoo.serving.sampling import Sampling
+from lm_zoo.serving.text import UNFINISHED
 
 BYTES_PER_TOKEN = 16  # of a body, at most: characters outside of ASCII may be escaped
 BODY = 2**20  # bytes of a body beside that
@@ -221,8 +222,15 @@ def _model(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "lm_zoo"}
 
 
-def _spell(engine: Engine):
-    return lambda token: engine.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+def _spell(engine: Engine) -> Callable[[int], tuple[str, bool]]:
+    """The text of a token on its own, and whether it is whole characters; if not, as the vocabulary has it."""
+
+    def spell(token: int) -> tuple[str, bool]:
+        text = engine.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        whole = UNFINISHED not in text
+        return (text if whole else str(engine.tokenizer.convert_ids_to_tokens(token))), whole
+
+    return spell
 
 
 def _error_of(error: Exception) -> tuple[int, dict[str, Any]]:

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from lm_zoo.errors import UserError
 from lm_zoo.serving.request import Completion, Piece
 from lm_zoo.serving.sampling import Logprobs, Sampling
-from lm_zoo.serving.text import UNFINISHED
 
 MAX_CHOICES = 128  # texts of one request
 # What clients send along and no server needs to heed. Other fields that are unknown are refused unless they ask for
@@ -162,12 +161,12 @@ class Answer:
     Args:
         kind: of `CompletionBody` or `ChatBody`.
         model: the name to give.
-        spell: the text of a token on its own.
+        spell: the text of a token on its own, and whether it is whole characters.
     """
 
     kind: str
     model: str
-    spell: Callable[[int], str]
+    spell: Callable[[int], tuple[str, bool]]
 
     def __post_init__(self):
         self.chat = self.kind == ChatBody.kind
@@ -218,7 +217,7 @@ class Answer:
                 top = [self._token(*pair) for pair in step.likeliest]
                 content.append({**self._token(step.token, step.logprob), "top_logprobs": top})
             return {"content": content, "refusal": None}
-        tokens = [self.spell(step.token) for step in steps]
+        tokens = [self.spell(step.token)[0] for step in steps]
         offsets = []
         for token in tokens:
             offsets.append(self._lengths.get(index, 0))
@@ -227,15 +226,14 @@ class Answer:
             "tokens": tokens,
             "token_logprobs": [_finite(step.logprob) for step in steps],
             "top_logprobs": [
-                {self.spell(token): _finite(logprob) for token, logprob in step.likeliest} for step in steps
+                {self.spell(token)[0]: _finite(logprob) for token, logprob in step.likeliest} for step in steps
             ],
             "text_offset": offsets,
         }
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.spell(token)
-        part = UNFINISHED in text  # of a character, whose bytes the tokenizer does not tell
-        return {"token": text, "logprob": _finite(logprob), "bytes": None if part else list(text.encode())}
+        text, whole = self.spell(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

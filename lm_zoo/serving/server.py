@@ -19,6 +19,7 @@ LAST_WORDS = 5  # seconds to send what was written, once all texts have ended
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket bound to an address; UserError where another program has it or it is not this machine's."""
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -28,6 +29,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen()
     except OSError as error:
+        if listener is not None:
+            listener.close()
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is in use; name another one with --port") from error
         raise UserError(f"cannot listen at {host}, port {port}: {error.strerror}; check --host and --port") from error

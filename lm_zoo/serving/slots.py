@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lm_zoo.cache import ZooCache
 from lm_zoo.causal_lm import CausalLM
+from lm_zoo.decode import DecodeStep, recordable
+
+RECORDED = 8  # rows up to which a step is recorded: one of more rows takes longer than its Python
 
 
 class Slots:
@@ -17,7 +20,8 @@ class Slots:
         slots.leave([0])                 # the last row takes its place
 
     The tensors have room for more rows, of which a step sees the first n. So to enter or to leave moves one row, and
-    the memory is twice that of the most texts there have been at a time; it is given back when there is none.
+    the memory is at most twice that of the most texts there have been at a time. What grew with the length of the texts
+    is given back when there is none.
     """
 
     def __init__(self, model: CausalLM):
@@ -25,7 +29,9 @@ class Slots:
         self.lengths: list[int] = []  # tokens that each text has seen
         self._kinds = model.init_cache(1).states
         self._buffers = [dict(state.tensors) for state in self._kinds]
-        self._cache: ZooCache | None = None  # over the first rows of the buffers
+        self._steps: dict[int, DecodeStep] = {}  # by the number of rows: each over the first rows of the buffers
+        self._step: DecodeStep | None = None  # the one for the texts that there are
+        self._grown = False  # whether states have put longer tensors in place of the buffers
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -39,18 +45,18 @@ class Slots:
     def enter(self, caches: list[ZooCache]) -> None:
         """Each cache, of one row, becomes a new last row."""
         self._take_back()
-        first, count = len(self.lengths), len(self.lengths) + len(caches)
-        states = []
-        for layer, (kind, tensors) in enumerate(zip(self._kinds, self._buffers, strict=True)):
-            for name in tensors:
-                tensors[name] = _with_rows(tensors[name], count)
+        first = len(self.lengths)
+        self.lengths += [cache.length for cache in caches]
+        count = len(self.lengths)
+        for tensors in self._buffers:
+            for name, tensor in tensors.items():
+                if tensor.shape[0] < count:
+                    tensors[name] = _longer(tensor, max(count, 2 * first))
+                    self._steps.clear()
                 tensors[name][first:count].zero_()  # where a row is not written, a text before may have left NaN
-            state = kind.holding({name: tensor[:count] for name, tensor in tensors.items()})
+        for layer, state in enumerate(self._arrange().states):
             for row, cache in enumerate(caches, first):
                 state.put(row, cache.states[layer].trim())
-            states.append(state)
-        self.lengths += [cache.length for cache in caches]
-        self._cache = ZooCache(states, max(self.lengths), self.model)
 
     def leave(self, rows: list[int]) -> None:
         """Forget these rows; the last ones move to their places, from the highest down."""
@@ -62,37 +68,51 @@ class Slots:
                 for tensors in self._buffers:
                     for tensor in tensors.values():
                         tensor[row].copy_(tensor[len(self.lengths)])
-        if not self.lengths:
+        if self.lengths:
+            self._arrange()
+        elif self._grown:
             self.__init__(self.model)
-            return
-        states = [
-            kind.holding({name: tensor[: len(self.lengths)] for name, tensor in tensors.items()})
-            for kind, tensors in zip(self._kinds, self._buffers, strict=True)
-        ]
-        self._cache = ZooCache(states, max(self.lengths), self.model)
 
     def step(self, tokens: list[int]) -> Tensor:
         """Every text takes in one token; logits of the next ones, `[n, V]`."""
         ids = torch.tensor(tokens, device=self.model.device)[:, None]
-        logits = self.model(ids, past_key_values=self._cache).logits[:, 0]
+        cache = self._step.cache
+        if len(tokens) <= RECORDED and recordable(self.model, cache):
+            logits = self._step(ids)
+        else:
+            logits = self.model(ids, past_key_values=cache).logits
         self.lengths = [length + 1 for length in self.lengths]
-        return logits
+        return logits[:, 0]
+
+    def _arrange(self) -> ZooCache:
+        """Let the next step be one of as many rows as there are texts."""
+        count = len(self.lengths)
+        if count not in self._steps:
+            states = [
+                kind.holding({name: tensor[:count] for name, tensor in tensors.items()})
+                for kind, tensors in zip(self._kinds, self._buffers, strict=True)
+            ]
+            self._steps[count] = DecodeStep(self.model, ZooCache(states, 0, self.model))
+        self._step = self._steps[count]
+        for state in self._step.cache.states:
+            state.recount()
+        self._step.cache.length = max(self.lengths)
+        return self._step.cache
 
     def _take_back(self) -> None:
         """The tensors that states which grow have put in place of the buffers' rows."""
-        if self._cache is None:
+        if not self.lengths:
             return
-        for state, tensors in zip(self._cache.states, self._buffers, strict=True):
+        for state, tensors in zip(self._step.cache.states, self._buffers, strict=True):
             for name, tensor in state.tensors.items():
                 if tensor.data_ptr() != tensors[name].data_ptr():
                     tensors[name] = tensor
+                    self._steps = {len(self.lengths): self._step}
+                    self._grown = True
 
 
-def _with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """The tensor, or a longer one that begins with it."""
-    have = tensor.shape[0]
-    if have >= rows:
-        return tensor
-    longer = tensor.new_zeros((max(rows, 2 * have), *tensor.shape[1:]))
-    longer[:have] = tensor
+def _longer(tensor: Tensor, rows: int) -> Tensor:
+    """A tensor of so many rows that begins with it."""
+    longer = tensor.new_zeros((rows, *tensor.shape[1:]))
+    longer[: len(tensor)] = tensor
     return longer

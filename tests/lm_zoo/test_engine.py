@@ -1,0 +1,415 @@
+"""Engine: every text is its own, whoever else is in the batch, and whatever becomes of them."""
+
+import threading
+import time
+
+import pytest
+import torch
+from plain_mixer import plain_mixer
+from tiny_teachers import new_teacher
+
+from lm_zoo import LinearizedForCausalLM, PrefixStore
+from lm_zoo.errors import UserError
+from lm_zoo.serving import Closed, Engine, EngineError, PromptTooLong, QueueFull, Sampling
+from lm_zoo.serving.slots import Slots
+from lm_zoo.train.tokenizers import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+VOCABULARY = 258
+LENGTHS = [5, 18, 33, 7, 1, 2, 21, 11]  # of the prompts
+COUNTS = [5, 14, 3, 9, 1, 12, 6, 10]  # of the texts
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture
+def served(make_model):
+    """A model of the bytes' vocabulary, in float64."""
+
+    def make(name: str = "gla", **options):
+        model = make_model(name, vocab_size=VOCABULARY, **options)
+        model.generation_config.suppress_tokens = None
+        return model
+
+    return make
+
+
+def prompts_of(lengths, seed=1, low=1, high=256):
+    draws = torch.Generator().manual_seed(seed)
+    return [torch.randint(low, high, (length,), generator=draws).tolist() for length in lengths]
+
+
+def generated(model, prompt: list[int], count: int) -> list[int]:
+    """The text of `model.generate` alone."""
+    end = TOKENIZER.eos_token_id
+    output = model.generate(
+        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=end, pad_token_id=end
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def check_greedy(model, engine, prompts, counts):
+    requests = [engine.submit(p, Sampling(max_tokens=n, **GREEDY)) for p, n in zip(prompts, counts, strict=True)]
+    for request, prompt, count in zip(requests, prompts, counts, strict=True):
+        result = request.result()
+        assert list(result.tokens) == generated(model, prompt, count)
+        assert result.finish_reason == ("stop" if result.tokens[-1] == TOKENIZER.eos_token_id else "length")
+        text = TOKENIZER.decode(prompt + list(result.tokens), skip_special_tokens=True)
+        assert text.endswith(result.text)
+        assert result.prompt_tokens == len(prompt)
+
+
+class Listener:
+    """A listener that lets a test look at a text when it has so many tokens."""
+
+    def __init__(self, count: int = 1):
+        self.pieces, self.count, self.reached = [], count, threading.Event()
+
+    def __call__(self, piece) -> None:
+        self.pieces.append(piece)
+        if len(self.pieces) >= self.count:
+            self.reached.set()
+
+
+class Gate:
+    """Holds the engine's thread in the model until it is opened; `calls` counts how often it came there."""
+
+    def __init__(self, model):
+        self.open, self.calls, self.entered = threading.Event(), 0, threading.Event()
+        hidden_states = model.hidden_states
+
+        def gated(*args, **kwargs):
+            self.calls += 1
+            self.entered.set()
+            assert self.open.wait(20)
+            return hidden_states(*args, **kwargs)
+
+        model.hidden_states = gated
+
+
+def test_greedy_texts_are_those_of_generate(model):
+    """More texts than slots, of all lengths, so that they enter and leave all the time."""
+    model.generation_config.suppress_tokens = None
+    vocabulary = model.config.vocab_size
+    with Engine(model, TOKENIZER, max_batch=3, prefill_chunk=8) as engine:
+        check_greedy(model, engine, prompts_of(LENGTHS, high=vocabulary), COUNTS)
+    assert engine.finished.total() == len(COUNTS)
+    assert engine.running == engine.waiting == 0
+
+
+@pytest.mark.parametrize("mixer", ["sliding", "terrace", "liger"])
+def test_linearized_models_too(mixer):
+    options = {"window": 3} | ({} if mixer == "liger" else {"window_kind": mixer})
+    kind = "liger" if mixer == "liger" else "hybrid"
+    model = LinearizedForCausalLM.from_teacher(new_teacher("qwen2").double(), kind, options, keep_layers=[1]).eval()
+    model.generation_config.suppress_tokens = None
+    with Engine(model, TOKENIZER, max_batch=3, max_tokens=14, prefill_chunk=8) as engine:
+        check_greedy(model, engine, prompts_of(LENGTHS, high=61), COUNTS)
+
+
+def test_a_mixer_that_somebody_registered_too():
+    with plain_mixer():
+        model = LinearizedForCausalLM.from_teacher(new_teacher("qwen2").double(), "plain", {}).eval()
+        model.generation_config.suppress_tokens = None
+        with Engine(model, TOKENIZER, max_batch=3, max_tokens=14, prefill_chunk=8) as engine:
+            check_greedy(model, engine, prompts_of(LENGTHS, high=61), COUNTS)
+
+
+def test_sampled_texts_do_not_depend_on_the_others(served):
+    model, prompts = served("hybrid"), prompts_of(LENGTHS)
+    samplings = [Sampling(seed=i, max_tokens=12, top_p=0.9, temperature=0.5 + i / 4) for i in range(len(prompts))]
+    with Engine(model, TOKENIZER) as engine:
+        alone = [engine.submit(p, s).result() for p, s in zip(prompts, samplings, strict=True)]
+        requests = [engine.submit(p, s) for p, s in zip(prompts, samplings, strict=True)]
+        together = [request.result() for request in requests]
+        other = engine.submit(prompts[0], Sampling(seed=99, max_tokens=12, temperature=0.5)).result()
+    assert together == alone
+    assert other.tokens != alone[0].tokens
+    assert len({result.tokens for result in alone}) == len(prompts)
+
+
+def test_a_seed_is_drawn_where_none_is_given(served):
+    with Engine(served(), TOKENIZER) as engine:
+        first, second = (engine.submit([1, 2], Sampling(max_tokens=20)).result() for _ in range(2))
+    assert first.tokens != second.tokens
+
+
+@pytest.mark.parametrize("name", ["gla", "hybrid"])
+def test_shared_prefixes_are_read_once(served, name):
+    model = served(name)
+    shared, *own = prompts_of([40, 3, 5, 9, 3, 1])
+    prompts = [shared + tail for tail in own]
+    store = PrefixStore(model, chunk=8)
+    with Engine(model, TOKENIZER, prefill_chunk=16, prefix_store=store) as engine:
+        for _ in range(2):
+            check_greedy(model, engine, prompts, [6] * len(prompts))
+    read = sum(map(len, own)) + 40
+    assert store.tokens_read < read + 5 * 8 + 2 * sum(len(tail) + 8 for tail in own)  # not 2 x 5 x 40
+    assert store.tokens_found >= 6 * 40
+    # What it holds can be continued outside of the engine and of inference mode.
+    cache = store.prefill(torch.tensor([prompts[0]]))
+    output = model.generate(torch.tensor([prompts[0]]), past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert output[0, len(prompts[0]) :].tolist() == generated(model, prompts[0], 6)
+
+
+def test_a_long_prompt_holds_up_neither_texts_nor_short_prompts(served):
+    model = served()
+    order = []
+    running, long, short = prompts_of([4, 800, 6])
+    with Engine(model, TOKENIZER, prefill_chunk=8) as engine:
+        started = Listener()
+        first = engine.submit(running, Sampling(max_tokens=400, **GREEDY), listener=started)
+        assert started.reached.wait(20)
+        before = len(started.pieces)
+        second = Listener()
+        engine.submit(long, Sampling(max_tokens=1, **GREEDY), listener=second)
+        short_one = Sampling(max_tokens=1, **GREEDY)
+        engine.submit(short, short_one, listener=lambda piece: order.append(len(second.pieces)))
+        assert second.reached.wait(20)
+        assert order == [0]  # the short one was done before the long one
+        assert len(started.pieces) - before > 800 // 8 // 2  # the running text has grown with every piece that was read
+        engine.cancel(first)
+
+
+def test_cancelled_in_every_place(served):
+    model = served("hybrid")
+    prompts = prompts_of([5, 6, 400, 7, 8])
+    with Engine(model, TOKENIZER, max_batch=3, prefill_chunk=8) as engine:
+        listener = Listener(3)
+        writing = engine.submit(prompts[0], Sampling(max_tokens=2000, **GREEDY), listener=listener)
+        other = engine.submit(prompts[1], Sampling(max_tokens=60, **GREEDY))
+        reading = engine.submit(prompts[2], Sampling(max_tokens=5, **GREEDY))
+        waiting = engine.submit(prompts[3], Sampling(max_tokens=5, **GREEDY))
+        last = engine.submit(prompts[4], Sampling(max_tokens=20, **GREEDY))
+        assert listener.reached.wait(20)
+        for request in (writing, reading, waiting):
+            engine.cancel(request)
+        assert [request.result().finish_reason for request in (reading, waiting)] == ["cancelled"] * 2
+        assert list(other.result().tokens) == generated(model, prompts[1], 60)
+        assert list(last.result().tokens) == generated(model, prompts[4], 20)
+        assert listener.pieces[-1].finish_reason == "cancelled"
+        engine.cancel(writing)  # nothing happens
+    assert engine.finished == {"cancelled": 3, "length": 2}
+
+
+def test_to_leave_a_stream_cancels_it(served):
+    model = served()
+    with Engine(model, TOKENIZER) as engine:
+        stream = engine.stream("Once", Sampling(max_tokens=4000, **GREEDY))
+        next(stream)
+        stream.close()
+        text = "".join(engine.stream("Once", Sampling(max_tokens=12, **GREEDY)))
+        assert text == engine.submit("Once", Sampling(max_tokens=12, **GREEDY)).result().text
+    assert engine.finished["cancelled"] == 1
+
+
+def test_a_listener_that_fails_ends_its_text_alone(served):
+    model, (one, two) = served(), prompts_of([5, 9])
+
+    def gone(piece):
+        raise ConnectionError
+
+    with Engine(model, TOKENIZER) as engine:
+        engine.submit(one, Sampling(max_tokens=4000, **GREEDY), listener=gone)
+        check_greedy(model, engine, [two], [30])
+    assert engine.finished == {"cancelled": 1, "length": 1}
+
+
+def test_stop_strings_and_logprobs(served):
+    model, (prompt,) = served(), prompts_of([9])
+    with Engine(model, TOKENIZER) as engine:
+        plain = engine.submit(prompt, Sampling(max_tokens=40, logprobs=2, **GREEDY)).result()
+        stop = plain.text[5:8]
+        stopped = engine.submit(prompt, Sampling(max_tokens=40, stop=("never", stop), **GREEDY)).result()
+    assert (stopped.text, stopped.finish_reason) == (plain.text[: plain.text.index(stop)], "stop")
+    assert len(plain.logprobs) == len(plain.tokens) == 40
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + list(plain.tokens)])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1).max(-1).values
+    assert [step.logprob for step in plain.logprobs] == pytest.approx(expected.tolist())
+    assert all(step.likeliest[0] == (step.token, step.logprob) for step in plain.logprobs)
+
+
+def test_no_more_than_the_queue_holds(served):
+    model = served()
+    gate = Gate(model)
+    with Engine(model, TOKENIZER, max_batch=2, max_queue=1) as engine:
+        requests = [engine.submit([1, 2], Sampling(max_tokens=2, **GREEDY)) for _ in range(3)]
+        with pytest.raises(QueueFull, match="3 texts are waiting or being written"):
+            engine.submit([1, 2])
+        gate.open.set()
+        assert [len(request.result().tokens) for request in requests] == [2, 2, 2]
+        engine.submit([1, 2], Sampling(max_tokens=2)).result()
+
+
+def test_time_is_limited(served):
+    model, endless = served(), byte_tokenizer()
+    endless.eos_token = None
+    gate = Gate(model)
+    with Engine(model, endless, max_batch=1, max_seconds=0.2) as engine:
+        requests = [engine.submit([1, 2], Sampling(max_tokens=4096, **GREEDY)) for _ in range(2)]
+        time.sleep(0.2)
+        gate.open.set()
+        running, waiting = (request.result() for request in requests)
+        assert (running.finish_reason, waiting.finish_reason) == ("timeout", "timeout")
+        assert 0 < len(running.tokens) < 4096
+        assert waiting.tokens == ()
+        assert engine.submit([1, 2], Sampling(max_tokens=1)).result().finish_reason == "length"
+
+
+def test_closing_lets_texts_finish_within_the_grace(served):
+    model = served()
+    gate = Gate(model)
+    engine = Engine(model, TOKENIZER, max_batch=1)
+    short = engine.submit([1, 2], Sampling(max_tokens=3, **GREEDY))
+    waiting = engine.submit([3, 4], Sampling(max_tokens=4, **GREEDY))
+    closing = threading.Thread(target=engine.close, args=(20,))
+    closing.start()
+    assert gate.entered.wait(20)
+    while not engine.closing:
+        time.sleep(0.001)
+    with pytest.raises(Closed, match="takes no more texts"):
+        engine.submit([1, 2])
+    gate.open.set()
+    assert (len(short.result().tokens), len(waiting.result().tokens)) == (3, 4)
+    closing.join()
+    assert not engine.alive
+
+
+def test_closing_without_grace_ends_all(served):
+    engine = Engine(served(), TOKENIZER, max_batch=1)
+    requests = [engine.submit([1, 2], Sampling(max_tokens=4096, **GREEDY)) for _ in range(3)]
+    engine.close()
+    for request in requests:
+        with pytest.raises(Closed):
+            request.result()
+
+
+def test_an_error_of_the_model_ends_what_it_was_working_on(served, caplog):
+    model = served("hybrid")
+    prompts = prompts_of([5, 9])
+    step = Slots.step
+    with Engine(model, TOKENIZER) as engine:
+        engine._slots.step = lambda tokens: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        with pytest.raises(EngineError, match="the model failed: out of memory"):
+            engine.submit(prompts[0], Sampling(max_tokens=5)).result()
+        engine._slots.step = lambda tokens: step(engine._slots, tokens)
+        check_greedy(model, engine, prompts, [5, 6])
+    assert "the model failed; 1 texts end" in caplog.text
+    assert engine.finished == {"error": 1, "length": 2}
+
+
+@pytest.mark.parametrize("name", ["gla", "hybrid", "mamba2"])
+def test_a_text_that_is_not_finite_ends_alone_and_leaves_nothing_behind(served, name):
+    model = served(name)
+    poison, *others = prompts_of([6, 5, 9, 4])
+    poison[-1] = 0  # in no other prompt, and no other text: its embedding is not finite
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = float("nan")
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 32, dtype=torch.float64))
+        model.lm_head.weight[0] = 0  # never the likeliest
+    with Engine(model, TOKENIZER, max_batch=2, prefill_chunk=8) as engine:
+        requests = [engine.submit(p, Sampling(max_tokens=8, **GREEDY)) for p in (others[0], poison, *others[1:])]
+        with pytest.raises(EngineError, match="not finite"):
+            requests[1].result()
+        for request, prompt in zip((requests[0], *requests[2:]), others, strict=True):
+            assert list(request.result().tokens) == generated(model, prompt, 8)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "error", "message"),
+    [
+        ([], Sampling(), UserError, "the prompt is empty"),
+        ([1, VOCABULARY], Sampling(), UserError, "token ids must be integers from 0 to 257, got 258"),
+        ([1, -1], Sampling(), UserError, "token ids must be integers from 0 to 257, got -1"),
+        ([1, "a"], Sampling(), UserError, "got 'a'"),
+        ("\ud800", Sampling(), UserError, "the prompt is not Unicode text"),
+        ([1] * 51, Sampling(), PromptTooLong, "the prompt has 51 tokens, and at most 50 are taken"),
+        ([1], Sampling(max_tokens=301), UserError, "max_tokens must be at most 300 here, got 301"),
+    ],
+)
+def test_refuses_impossible_prompts(served, prompt, sampling, error, message):
+    with Engine(served(), TOKENIZER, max_prompt_tokens=50, max_tokens=300) as engine:
+        with pytest.raises(error, match=message):
+            engine.submit(prompt, sampling)
+        assert len(engine.submit([1], Sampling(max_tokens=1)).result().tokens) == 1
+
+
+def test_an_empty_text_starts_where_a_document_does(served):
+    model = served()
+    with Engine(model, TOKENIZER) as engine:
+        found = engine.submit("", Sampling(max_tokens=5, **GREEDY)).result()
+    assert list(found.tokens) == generated(model, [TOKENIZER.bos_token_id], 5)
+
+
+def test_positions_that_the_model_does_not_have():
+    model = LinearizedForCausalLM.from_teacher(new_teacher("gpt2"), "hybrid", {"window": 3}).eval()
+    with Engine(model, TOKENIZER) as engine:
+        with pytest.raises(PromptTooLong, match=r"prompt \(60 tokens\) and max_tokens \(5\) exceed the model's 64"):
+            engine.submit([1] * 60, Sampling(max_tokens=5))
+        whole = engine.submit([1] * 60, Sampling(max_tokens=None, **GREEDY)).result()
+    assert len(whole.tokens) == 4
+
+
+def test_refuses_impossible_options(served):
+    model = served()
+    for options, message in [
+        ({"max_batch": 0}, "max_batch must be at least 1"),
+        ({"max_queue": -1}, "max_queue must be an integer of at least 0"),
+        ({"max_seconds": 0}, "max_seconds must be positive"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
+        ({"prefix_store": PrefixStore(served())}, "prefix_store must be of the same model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Engine(model, TOKENIZER, **options)
+    with pytest.raises(ValueError, match="must be in eval mode"):
+        Engine(served().train(), TOKENIZER)
+    with pytest.raises(UserError, match="model must be one of lm_zoo, got a LlamaForCausalLM; linearize it"):
+        Engine(new_teacher("llama"), TOKENIZER)
+
+
+def test_many_threads_submit_and_cancel(served):
+    model, prompts = served(), prompts_of([3 + i % 9 for i in range(32)])
+    failures = []
+
+    def caller(prompts):
+        for i, prompt in enumerate(prompts):
+            if i % 3 == 0:
+                engine.cancel(engine.submit(prompt, Sampling(max_tokens=50)))
+            found = list(engine.submit(prompt, Sampling(max_tokens=9, **GREEDY)).result().tokens)
+            if found != generated(reference, prompt, 9):
+                failures.append(prompt)
+
+    reference = served()
+    with Engine(model, TOKENIZER, max_batch=5, prefill_chunk=16) as engine:
+        threads = [threading.Thread(target=caller, args=(prompts[i::8],)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert engine.finished["length"] + engine.finished["stop"] >= 32
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["gla", "hybrid"])
+def test_slots(served, name):
+    """Rows in use without gaps; what grew with the texts is given back."""
+    model = served(name)
+    prompts = prompts_of([5, 70, 9, 12])
+    caches = []
+    for prompt in prompts:
+        caches.append(model.init_cache(1))
+        model(torch.tensor([prompt]), past_key_values=caches[-1])
+    slots = Slots(model)
+    empty = slots.nbytes
+    slots.enter(caches)
+    slots.leave([2, 0])
+    assert slots.lengths == [12, 70]
+    slots.enter([caches[2]])
+    assert slots.step([1, 2, 3]).shape == (3, VOCABULARY)
+    expected = [model(torch.tensor([prompts[n] + [token]])).logits[0, -1] for token, n in ((4, 3), (5, 1), (6, 2))]
+    slots.leave([0, 1, 2])
+    slots.enter([caches[3], caches[1], caches[2]])
+    torch.testing.assert_close(slots.step([4, 5, 6]), torch.stack(expected), rtol=1e-10, atol=1e-10)
+    slots.leave([0, 1, 2])
+    assert (len(slots), slots.nbytes) == (0, empty if name == "hybrid" else 4 * empty)
