@@ -10,12 +10,13 @@ import os
 import sys
 from types import ModuleType
 
-from lm_zoo.commands import generate, harness, list_mixers, perplexity, serve, synthetic
+from lm_zoo.commands import generate, harness, inspect, list_mixers, perplexity, serve, synthetic
 from lm_zoo.commands.arguments import Parser
 from lm_zoo.errors import is_user_error, one_line
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "eval harness": (harness, "lm-eval's tasks, and task files of your own"),
+    "eval inspect": (inspect, "what a model looks at, how long it remembers, what it makes of long texts"),
     "eval perplexity": (perplexity, "token perplexity and bits per byte on a text"),
     "eval synthetic": (synthetic, "train mixers on a task that is made of a seed, and test them"),
     "generate": (generate, "continue a prompt, token by token"),
