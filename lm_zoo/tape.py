@@ -62,14 +62,15 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if any(tag in UNREPEATABLE for tag in op.tags):
+        if any(tag in UNREPEATABLE for tag in op.tags) and not _without_dropout(op, args, kwargs):
             self.refusal = op.name()
         read = storages((args, kwargs))
         if op._schema.is_mutable:
             result = op(*args, **kwargs)
             self.written |= storages(result)
             self.products.forget(storages(result))
-            self.notes.append((partial(binding(op), *args, **kwargs), read, set()))
+            function = op if None in tree_leaves(args) else binding(op)  # Python's index_put_ takes no None
+            self.notes.append((partial(function, *args, **kwargs), read, set()))
             return result
         if op in self.rewrites and (rewritten := self.rewrites[op](*args, **kwargs)) is not None:
             result, calls = rewritten
@@ -115,6 +116,13 @@ def rms_norm(
     for call in calls:
         call()
     return result, calls
+
+
+def _without_dropout(op, args: tuple, kwargs: dict) -> bool:
+    """Whether it is attention, which counts as random, but draws nothing."""
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return "attention" in op.name() and given.get("dropout_p", 0.0) == 0.0
 
 
 def _again(op, args: tuple, kwargs: dict, result: object) -> Callable[[], object]:
