@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,12 @@ def recur_prefix(
         return recur(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
     if state is None:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        state = LayerState({"S": recurrent_state(rows, v.shape[2], q.shape[3], v.shape[3], q.device, q.dtype)})
+        S = recurrent_state(rows, v.shape[2], q.shape[3], v.shape[3], q.device, q.dtype)
+    else:
+        S = state["S"]
+        if state.journal is not None:  # a prefix changes what is read, not what is written in the end
+            state.record("S", functools.partial(recur, scale=scale, cu_seqlens=None), q, k, v, log_decay)
+    state = LayerState({"S": S})  # the same tensor, of which the two passes keep no record
     for silent in (~prefix[..., None, None], prefix[..., None, None]):
         decay = None if log_decay is None else log_decay.masked_fill(silent, 0)
         o = recur(q, k.masked_fill(silent, 0), v, decay, scale=scale, state=state, cu_seqlens=cu_seqlens)

@@ -111,6 +111,19 @@ def test_a_prefix_reads_what_came_before_it(layer):
     )
 
 
+def test_tokens_after_a_prefix_can_be_taken_back(layer):
+    x = texts(2)
+    state = layer.init_state(2)
+    with torch.no_grad():
+        state.begin()
+        layer(x, state=state, prefix_length=M)
+        state.keep([M + 1, M + 3], T)
+        after = layer(x[:, :2], state=state)
+    for row, count in enumerate((M + 1, M + 3)):
+        text = torch.cat([x[row, :count], x[row, :2]])[None]
+        assert_close(after[row : row + 1], oracle(layer, text, [M])[:, count:], 1e-10)
+
+
 def test_packed_documents_have_prefixes_of_their_own(layer):
     x = texts(1, 14)
     bounds, lengths = [0, 0, 4, 5, 11, 14], [0, 2, 1, 6, 0]
