@@ -13,9 +13,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--add", type=Path, nargs="*", default=[], metavar="DIR", help="folders of `lm-zoo eval synthetic`"
-    )
+    parser.add_argument("--add", type=Path, nargs="*", default=[], metavar="DIR", help="of `lm-zoo eval synthetic`")
     for folder in parser.parse_args().add:
         content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         suffix = "" if content["budget"] == "cpu" else f"-{content['budget']}"

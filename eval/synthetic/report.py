@@ -57,7 +57,7 @@ def write_report(plan: Plan, results: dict[str, Result], folder: Path, *, minute
         "chance": chance(plan),
         "tests": [part_name(part) for part in plan.budget.test],
         "lengths": [part["length"] for part in plan.budget.test],
-        "settings": asdict(plan.budget) | {"sizes": plan.sizes, "model": plan.model},
+        "settings": asdict(plan.budget) | {"sizes": plan.sizes, "model": plan.model | plan.budget.model},
         "mixers": plan.mixers,
         "command": command(plan),
         **machine(plan.budget.device),

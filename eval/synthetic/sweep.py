@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lm_zoo.errors import UserError
 from lm_zoo.eval.report import write_json
@@ -61,10 +64,12 @@ def sweep(plan: Plan, folder: Path, report: Callable[[Run, Result], None]) -> di
 
     `report` hears of every run that ends. After the budget's minutes no run starts any more.
     """
+    _check_device(plan)
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     results = dict(_read(folder))
-    deadline = time.monotonic() + 60 * (plan.budget.minutes or 1e9)
+    minutes = math.inf if plan.budget.minutes is None else plan.budget.minutes
+    deadline = time.monotonic() + 60 * minutes
     with _workers(plan.budget.jobs) as submit:
         running: dict[Future, Run] = {}
         while True:
@@ -91,9 +96,21 @@ def _read(folder: Path) -> Iterator[tuple[str, Result]]:
             raise UserError(f"{path} is not the result of a run: delete it, or give another folder") from error
 
 
+def _check_device(plan: Plan) -> None:
+    if plan.budget.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--budget: {plan.budget_name} wants a GPU for CUDA, and there is none here; --budget cpu needs none"
+        )
+
+
 def _result(future: Future) -> Result:
     try:
         return future.result()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU has too little memory for so many runs side by side; the same command goes on from the runs that "
+            "are finished, with --jobs fewer at a time"
+        ) from error
     except BrokenProcessPool as error:
         raise UserError(
             "a process that was training has ended, perhaps for want of memory; the same command goes on from the runs "
@@ -103,7 +120,10 @@ def _result(future: Future) -> Result:
 
 @contextlib.contextmanager
 def _workers(jobs: int) -> Iterator[Callable[[Run], Future]]:
-    """Processes with one thread each, which end with this one, however it ends."""
+    """Processes with one thread each, which end with this one, however it ends; for one job none but this."""
+    if jobs == 1:
+        yield _at_once
+        return
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
     executor = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(os.getpid(),))
@@ -116,9 +136,13 @@ def _workers(jobs: int) -> Iterator[Callable[[Run], Future]]:
             process.join()
 
 
-def _start_worker(parent: int) -> None:
-    import torch
+def _at_once(run: Run) -> Future:
+    future: Future = Future()
+    future.set_result(_train(run))
+    return future
 
+
+def _start_worker(parent: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
