@@ -41,10 +41,17 @@ def save_shards(state: dict[str, Any], path: Path) -> None:
                 write_tree(tree, folder[0], {})
     except (OSError, dcp.api.CheckpointException) as error:
         raise UserError(
-            f"cannot save {path}: {one_line(error)}; earlier checkpoints are whole: free some space, then continue "
+            f"cannot save {path}: {failure_of(error)}; earlier checkpoints are whole: free some space, then continue "
             "with --resume last"
         ) from error
     dist.barrier()
+
+
+def failure_of(error: BaseException) -> str:
+    """What went wrong, in the words of the first process that it went wrong in: the error itself has all tracebacks."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = min(error.failures.items())[1][0]
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def load_shards(path: Path, likes: dict[str, Tensor]) -> dict[str, Any]:

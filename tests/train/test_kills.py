@@ -9,31 +9,37 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import nursery
 import pytest
 from interrupted_runs import Crash, curve
-from nursery import OPTIONS
 
 from lm_zoo.train.checkpoints import find_checkpoints
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"),
-    [(3, 0), pytest.param(25, None, marks=pytest.mark.slow)],
-    ids=["three kills", "many kills"],
+    ("kills", "seed", "ranks"),
+    [
+        (3, 0, 1),
+        pytest.param(25, None, 1, marks=pytest.mark.slow),
+        pytest.param(10, None, 2, marks=pytest.mark.slow),
+    ],
+    ids=["three kills", "many kills", "of two processes"],
 )
-def test_kills_at_random_moments_change_nothing(tmp_path: Path, make_text, kills, seed) -> None:
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, make_text, kills, seed, ranks) -> None:
     """SIGKILL, SIGTERM and Ctrl-C: the same rows in metrics.csv and the same weights as without them, bit for bit."""
     (tmp_path / "text.txt").write_text(make_text(2000), encoding="utf-8")
     seed = secrets.randbits(32) if seed is None else seed
-    command = [sys.executable, str(Path(__file__).parents[1] / "nursery.py"), str(tmp_path), str(kills), str(seed)]
+    command = [sys.executable, nursery.__file__, str(tmp_path), str(kills), str(seed), str(ranks)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     print(f"seed {seed}: {done.stdout}")
     assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
     ends = json.loads(done.stdout)["ends"]
     assert len(ends) == kills
-    if kills > 10:
+    if kills > 3:
         assert any(end["code"] == -9 for end in ends)
-        assert len({tuple(end["left"]) for end in ends}) > 5  # they came at different times, after checkpoints too
+        assert len({tuple(end["left"]) for end in ends}) > kills // 5  # at different times, after checkpoints too
+    if ranks > 1:
+        assert any(2 in end["others"] for end in ends)
 
 
 class CrashInValidation(L.Callback):
@@ -56,7 +62,7 @@ def test_a_validation_that_was_cut_short_is_done_first(start_run, tmp_path) -> N
 @pytest.mark.slow
 def test_when_a_process_of_several_dies_the_others_say_so_and_end(tmp_path: Path, make_text) -> None:
     (tmp_path / "text.txt").write_text(make_text(2000), encoding="utf-8")
-    command = [sys.executable, "-m", "lm_zoo.cli", "train", *OPTIONS, "--trainer.devices", "2", "--out", "run"]
+    command = [sys.executable, "-m", "lm_zoo.cli", "train", *nursery.OPTIONS, "--trainer.devices", "2", "--out", "run"]
     command[command.index("--trainer.max_steps") + 1] = "100000"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
