@@ -64,6 +64,9 @@ class Checkpoints(Checkpoint):
         self._signum = None  # of an earlier run with the same object
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
+        before = trainer._signal_connector
+        if before.received_sigterm:  # while the run was being set up
+            before.received_sigterm, self._signum = False, signal.SIGTERM
         self._repeat_lost_validation(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx: int) -> None:

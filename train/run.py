@@ -10,12 +10,14 @@ The run's folder then holds `model/` (a Hugging Face folder with its tokenizer),
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -113,6 +115,8 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         if len(data.val_rows) and not MetricsFile(out).has_validation(trainer.global_step):
             trainer.validate(module, datamodule=data, verbose=False)
+    except SIGTERMException:  # in the validation at the end
+        sys.exit(128 + signal.SIGTERM)
     except SystemExit as left:  # how Lightning answers a Ctrl-C that no checkpoint waits for
         raise KeyboardInterrupt from left
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Checkpoints are whole, stand at step borders, and one is left by Ctrl-C."""
 
+import errno
 import os
 import re
 import resource
@@ -12,11 +13,13 @@ import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lm_zoo.errors import UserError
 from lm_zoo.train import Checkpoints, Interrupted
 from lm_zoo.train.checkpoints import find_checkpoints, read_checkpoint
 from lm_zoo.train.run import export
+from lm_zoo.train.shards import failure_of
 from lm_zoo.train.snapshot import check_seal, save_snapshot
 
 
@@ -58,6 +61,35 @@ def test_an_interrupt_during_validation_does_not_wait(start_run, tmp_path) -> No
     assert seen.left == 0
     _, resumed = start_run("parts", resume="last", **options)
     assert torch.equal(resumed.model.lm_head.weight, whole.model.lm_head.weight)
+
+
+class PressBeforeTraining(Press):
+    """As soon as Lightning has handlers of its own, and before the checkpoints have theirs."""
+
+    def setup(self, trainer, *args, **kwargs) -> None:
+        register = trainer._signal_connector.register_signal_handlers
+
+        def registered() -> None:
+            register()
+            os.kill(os.getpid(), self.signals[0])
+
+        trainer._signal_connector.register_signal_handlers = registered
+
+
+def test_a_sigterm_before_the_first_step_waits_for_it(start_run, tmp_path) -> None:
+    with pytest.raises(Interrupted) as interrupted:
+        start_run("run", max_steps=6, callbacks=[PressBeforeTraining("", 1, signal.SIGTERM)])
+    assert interrupted.value.signum == signal.SIGTERM
+    assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+
+
+def test_a_sigterm_in_the_validation_at_the_end(start_run, tmp_path) -> None:
+    options = {"max_steps": 3, "data": {"val_fraction": 0.1}}
+    with pytest.raises(SystemExit) as left:
+        start_run("run", callbacks=[Press("on_validation_start", 1, signal.SIGTERM)], **options)
+    assert left.value.code == 143
+    start_run("run", resume="last", **options)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 def test_a_second_interrupt_quits_at_once(start_run, tmp_path) -> None:
@@ -159,6 +191,14 @@ def test_what_a_kill_after_the_last_step_left_is_removed(start_run, tmp_path) ->
     start_run("run", max_steps=2, resume="last")
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert [folder for folder in left if folder.exists()] == []
+
+
+def test_what_every_process_says_of_a_full_disk() -> None:
+    """The checkpoint of several processes is torch's, whose error is all their tracebacks."""
+    failures = {1: (OSError(errno.ENOSPC, "No space left on device"), None), 0: (ValueError("two\nlines"), None)}
+    assert failure_of(CheckpointException("", {1: failures[1]})) == "No space left on device"
+    assert failure_of(CheckpointException("", failures)) == "two lines"
+    assert failure_of(failures[1][0]) == "No space left on device"
 
 
 def test_damaged_or_foreign_checkpoints_are_refused(start_run, tmp_path, tiny) -> None:
