@@ -34,8 +34,8 @@ def results_page(folder: Path) -> str:
         "",
         f"<!-- Written by `{COMMAND}` from docs/results: change the runs or their remarks, not this file. -->",
         "",
-        "Every table has the command that makes it, the commit, the machine, and what the paper reports. The numbers "
-        "are medians over the seeds, with the worst and the best seed in brackets where there are several.",
+        "Every table has the command that makes it, the commit, the machine, and what the paper reports. The numbers are "
+        "medians over the seeds, with the worst and the best seed in brackets where there are several.",
     ]
     for kind, section in SECTIONS.items():
         if kind in files:
@@ -48,9 +48,9 @@ def synthetic_section(files: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     lines = [
         "## Synthetic tasks",
         "",
-        "Small models from random weights, trained and tested on texts that are made of a seed. The learning rate is "
-        "the best of a search on texts of its own. `state` is how many numbers of 4 bytes the model keeps of a text, "
-        "over all layers, convolutions included; attention keeps all keys and values.",
+        "Small models from random weights, trained and tested on texts that are made of a seed. The learning rate is the "
+        "best of a search on texts of its own. `state` is how many numbers of 4 bytes the model keeps of a text, over "
+        "all layers, convolutions included; attention keeps all keys and values.",
     ]
     order = {task: place for place, task in enumerate(FIRST)}
     for path, content in sorted(files, key=lambda file: (order.get(file[1]["task"], len(order)), file[0])):
@@ -83,15 +83,12 @@ def chances(content: dict[str, Any]) -> list[str]:
 def provenance(content: dict[str, Any]) -> str:
     """How to make it again, and what it was made on."""
     sizes = ", ".join(str(size) for size in content["settings"]["hidden_sizes"])
-    layers = content["settings"]["model"]["num_hidden_layers"]
+    layers = (content["settings"]["model"] | {})["num_hidden_layers"]
     seconds = statistics.median(second for row in content["rows"] if row["seeds"] for second in row["seconds"])
-    times = (
-        f"{content['minutes']:.0f} minutes for {content['run_minutes']:.0f} minutes of runs of {seconds:.0f} s (median)"
-    )
     return (
         f"`{content['command']}` at commit {content['commit']}: {layers} layer{'s' * (layers > 1)}, d = {sizes}; torch "
         f"{content['torch']}, {content['device']}, {content['jobs']} runs side by side with one thread each; "
-        f"{times}."
+        f"{content['run_minutes']:.0f} minutes of runs in {content['minutes']:.0f} minutes, {seconds:.0f} s the median run."
     )
 
 

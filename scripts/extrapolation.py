@@ -7,7 +7,7 @@ All have the same width, depth, tokenizer and learning rate, and see the same to
 differ. What is measured is that of `lm_zoo.eval.lengths`: the same test tokens with ever more context before them, and
 the loss by position. Run again after a kill, it goes on from there: trained models and measured ones are kept.
 
-Beside the JSON come its pictures, `<name>-lengths.png` and `<name>-positions.png`.
+Beside the JSON, which docs/results.md is written from, come its pictures: by length and, `-positions`, by position.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "length": LENGTH,
     "batch_size": 16,
     "steps": 400,
+    "training_tokens": 400 * 16 * LENGTH,
     "learning_rate": 4e-3,
     "vocab_size": 1024,
     "hidden_size": 64,
@@ -44,6 +45,11 @@ SETTINGS: dict[str, Any] = {
     "intermediate_size": 128,
     "seed": 0,
 }
+PUBLISHED = (
+    "no paper has this table. Press et al. 2022 (arXiv 2108.12409, figure 1) show softmax attention with rotary "
+    "positions getting worse as soon as a text is longer than those of training; Yang, Kautz and Hatamizadeh 2024 "
+    "(arXiv 2412.06464) report that Gated DeltaNet extrapolates better than Mamba-2 and DeltaNet."
+)
 HEADS = {"num_heads": 2}
 # Options of the mixers that are not of two heads, and what is beside them in a model.
 OPTIONS: dict[str, dict[str, Any]] = {"mamba2": {"head_size": 32, "state_size": 32}, "hgrn": {}, "mamba": {}, "s4d": {}}
@@ -81,19 +87,23 @@ def main() -> int:
 def run(train: Path, test: Path, out: Path, results: Path, names: list[str]) -> None:
     text = read_text(test)
     read_text(train)
-    content = {"command": " ".join(["python", *sys.argv]), "settings": SETTINGS, "models": {}}
+    command = (
+        f"python scripts/extrapolation.py --train {train.name} --test {test.name} --out RUNS --json {results.name}"
+    )
+    content = {"kind": "lengths", "command": command, "settings": SETTINGS, "published": PUBLISHED, "models": {}}
     if results.exists():
-        content["models"] = json.loads(results.read_text())["models"]
+        content["models"] = json.loads(results.read_text(encoding="utf-8"))["models"]
     results.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name not in content["models"]:
             content["models"][name] = measure(name, train, text, out)
-            content["machine"] = machine("cpu")
             write_json(results, content)
         row = content["models"][name]
         print(f"{name:<28}", *(f"{point['perplexity']:9.2f}" for point in row["by_length"]), flush=True)
-    models = {name: content["models"][name] for name in MODELS if name in content["models"]}
-    draw_lengths(models, results.with_name(f"{results.stem}-lengths.png"))
+    models = content["models"] = {name: content["models"][name] for name in MODELS if name in content["models"]}
+    content["minutes"] = sum(row["training_seconds"] for row in models.values()) / 60
+    write_json(results, content | machine("cpu"))
+    draw_lengths(models, results.with_suffix(".png"))
     draw_positions(models, results.with_name(f"{results.stem}-positions.png"))
 
 
@@ -106,9 +116,8 @@ def measure(name: str, train: Path, text: str, out: Path) -> dict[str, Any]:
     seconds = time.monotonic() - start
     model, tokenizer = load_model(folder / "model")
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    lengths = measure_lengths(model, ids, LENGTH)
     sizes = {"parameters": sum(weight.numel() for weight in model.parameters()), "training_seconds": round(seconds, 1)}
-    return {**sizes, "length": LENGTH, **tables(lengths)}
+    return {**sizes, **tables(measure_lengths(model, ids, LENGTH))}
 
 
 def train_model(name: str, text: Path, folder: Path) -> None:
