@@ -20,6 +20,7 @@ from lm_zoo.packing import unpacked
 IGNORE = -100  # the label of tokens that do not count
 PREFILL_CHUNK = 4096  # tokens of a long prompt that are read at a time
 STEPWISE = ("greedy_search", "sample", "beam_search", "beam_sample")  # modes of generation that go token by token
+LOOKS_INSIDE = ("contrastive_search", "dola_generation")  # modes that need more of a model than logits
 
 
 class CausalLM(PreTrainedModel, GenerationMixin):
@@ -192,6 +193,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None and not is_first_iteration:
             attention_mask = None  # the padding is in the prompt, which the cache holds
             kwargs.pop("prefix_length", None)  # and so is the prefix
+        kwargs.pop("tokenizer", None)  # of stop_strings: transformers hands it on to the model
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -230,6 +232,15 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             quick = self.device.type == "cpu" and generation_mode in STEPWISE and recordable(self, cache)
             cache.step = DecodeStep(self, cache) if quick else None
         model_kwargs["past_key_values"] = cache
+
+    def _get_deprecated_gen_repo(self, generation_mode, trust_remote_code, custom_generate=None) -> str | None:
+        """Refuses in one line the modes that transformers itself no longer has."""
+        if generation_mode in LOOKS_INSIDE:
+            raise ValueError(
+                f"{generation_mode.value} reads the hidden states of every layer or token, which {type(self).__name__} "
+                "does not give out: leave out penalty_alpha and dola_layers"
+            )
+        return super()._get_deprecated_gen_repo(generation_mode, trust_remote_code, custom_generate)
 
     def _assisted_decoding(self, *args, **kwargs):
         """As in transformers; the cache, which may outlive it, no longer records when it is over."""
