@@ -54,9 +54,12 @@ def test_no_path_of_a_machine_is_in_the_command(script, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a text " * 400)
     results = tmp_path / "lengths.json"
-    results.write_text(
-        '{"models": {"gla": {"by_length": [{"tokens": 8, "perplexity": 2.0}], "training_seconds": 6, "by_position": [{"first": 1, "last": 2, "nats": 1.0}]}}}'
-    )
+    row = {
+        "by_length": [{"tokens": 8, "perplexity": 2.0}],
+        "by_position": [{"first": 1, "last": 2, "nats": 1.0}],
+        "training_seconds": 6,
+    }
+    results.write_text(json.dumps({"models": {"gla": row}}))
     script.run(text, text, tmp_path, results, ["gla"])
     content = json.loads(results.read_text())
     assert str(tmp_path) not in content["command"]
