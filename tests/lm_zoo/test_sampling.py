@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lm_zoo.serving import Sampling, sampling
+from lm_zoo.serving import Sampling
 from lm_zoo.serving.sampling import Chooser
 
 VOCABULARY = 40
@@ -35,9 +35,7 @@ def warped(logits: torch.Tensor, options: dict) -> torch.Tensor:
     return scores[0].softmax(-1)
 
 
-@pytest.mark.parametrize("candidates", [4, 256])  # of which the smaller one does not hold what most rows keep
-def test_draws_are_those_of_transformers(logits, candidates, monkeypatch):
-    monkeypatch.setattr(sampling, "CANDIDATES", candidates)
+def test_draws_are_those_of_transformers(logits):
     chooser = Chooser([Sampling(**options) for options in OPTIONS], logits.device)
     draws = 4000
     found = torch.zeros_like(logits)
@@ -56,6 +54,11 @@ def test_the_likeliest_beside_others(logits):
     best = logits[:4].argmax(-1).tolist()
     assert [tokens[row] for row in (0, 2, 3)] == [best[row] for row in (0, 2, 3)]
     assert tokens[1] != best[1]
+
+
+def test_the_coldest_temperature_is_the_likeliest_token(logits):
+    tokens, _ = Chooser([Sampling(temperature=1e-300)] * len(logits), logits.device).choose(logits.float(), [0.5] * 8)
+    assert tokens == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.5, "top_k": 3}])
