@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import threading
@@ -23,6 +24,7 @@ from lm_zoo.serving.sampling import Chooser, Sampling
 from lm_zoo.serving.slots import Slots
 
 logger = logging.getLogger(__name__)
+LONG = 2**16  # characters of a prompt that must not hold up others
 
 
 class PromptTooLong(UserError):
@@ -92,8 +94,9 @@ class Engine:
         self.steps = 0
         self.finished: Counter[str] = Counter()  # texts, by the reason
         self._ends = _end_tokens(model, tokenizer)
-        # Encoding may write into a tokenizer, so it has one of its own and one caller at a time.
-        self._encoder, self._encoding = copy.deepcopy(tokenizer), threading.Lock()
+        # Encoding may write into a tokenizer, so it has its own and takes one caller at a time: one for short prompts,
+        # and one for long ones, which can take seconds.
+        self._encoders = [(copy.deepcopy(tokenizer), threading.Lock()) for _ in range(2)]
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[Request] = deque()
         self._held = 0  # texts that were taken in and are not finished
@@ -139,8 +142,8 @@ class Engine:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the prompt is not Unicode text: {error.reason} at {error.start}") from error
-        with self._encoding:
-            ids = self._encoder(prompt, verbose=False)["input_ids"]
+        with self._encoder(len(prompt)) as encoder:
+            ids = encoder(prompt, verbose=False)["input_ids"]
         if not ids:
             marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
             ids = [mark for mark in marks if mark is not None][:1]
@@ -153,11 +156,18 @@ class Engine:
         """
         if not self.tokenizer.chat_template:
             raise UserError("the model's tokenizer has no chat template; use completions, or save one with it")
-        with self._encoding:
+        with self._encoder(sum(len(str(message)) for message in messages)) as encoder:
             try:
-                return self._encoder.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                return encoder.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             except Exception as error:  # templates are programs of the model's authors, and raise what they like
                 raise UserError(f"the model's chat template refuses these messages: {error}") from error
+
+    @contextlib.contextmanager
+    def _encoder(self, characters: int) -> Iterator[PreTrainedTokenizerBase]:
+        """A tokenizer that nobody else is using."""
+        encoder, lock = self._encoders[characters > LONG]
+        with lock:
+            yield encoder
 
     def submit(
         self,

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -332,6 +333,19 @@ def test_refuses_impossible_prompts(served, prompt, sampling, error, message):
         with pytest.raises(error, match=message):
             engine.submit(prompt, sampling)
         assert len(engine.submit([1], Sampling(max_tokens=1)).result().tokens) == 1
+
+
+def test_to_encode_a_long_prompt_holds_up_no_short_one(served):
+    with Engine(served(), TOKENIZER) as engine:
+        held = engine._encoders[1][1]  # as if a long one were being encoded
+        with held, ThreadPoolExecutor() as threads:
+            long = threads.submit(engine.submit, "a" * 2**17)
+            assert len(engine.submit("a", Sampling(max_tokens=1)).result().tokens) == 1
+            assert not long.done()
+            held.release()
+            with pytest.raises(PromptTooLong, match="the prompt has 131072 tokens"):
+                long.result()
+            held.acquire()
 
 
 def test_an_empty_text_starts_where_a_document_does(served):
