@@ -1,13 +1,15 @@
 """The harness beside lm-eval's own `HFLM`, on the same requests: `python -m lm_zoo.eval.bench_harness`.
 
 Random texts, each with four answers, and for the last case eight questions of the same text. Both adapters answer all
-requests in turns, with the same model, tokenizer and batch size; what is printed are medians and their ratio.
+requests in turns, with the same model, tokenizer and batch size; what is printed are medians, of the ratio that of the
+ratios of neighbouring turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -20,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from lm_zoo.config import ZooConfig
 from lm_zoo.eval.harness.adapter import HarnessLM
+from lm_zoo.eval.machine import machine
 from lm_zoo.eval.report import check_writable, write_json
 from lm_zoo.layers import MIXERS
 from lm_zoo.model import ZooForCausalLM
@@ -74,11 +77,11 @@ def build(mixer: str, hidden_size: int, layers: int) -> PreTrainedModel:
 
 def measure(model: PreTrainedModel, asked: list[Instance], batch_size: int, turns: int) -> dict:
     tokenizer = letter_tokenizer()
-    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    hflm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     seconds: dict[str, list[float]] = {"HFLM": [], "harness": []}
     for _ in range(turns):
         for name in seconds:
-            lm = plain if name == "HFLM" else HarnessLM(model, tokenizer, batch_size=batch_size)
+            lm = hflm if name == "HFLM" else HarnessLM(model, tokenizer, batch_size=batch_size)
             start = time.perf_counter()
             answers = lm.loglikelihood(asked, disable_tqdm=True)
             seconds[name].append(time.perf_counter() - start)
@@ -87,7 +90,7 @@ def measure(model: PreTrainedModel, asked: list[Instance], batch_size: int, turn
     apart = max(abs(one - other) for (one, _), (other, _) in zip(answers, expected, strict=True))
     return {
         "seconds": seconds,
-        "times_faster": median(seconds["HFLM"]) / median(seconds["harness"]),
+        "times_faster": median(plain / ours for plain, ours in zip(*seconds.values(), strict=True)),
         "tokens_asked": lm.work.asked,
         "tokens_read": lm.work.read,
         "largest_difference_in_nats": apart,
@@ -122,8 +125,8 @@ def main() -> None:
             )
     if arguments.json:
         sizes = {name: getattr(arguments, name) for name in ("hidden_size", "layers", "context", "batch_size", "turns")}
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(model.device)}
-        write_json(arguments.json, {**machine, **sizes, "results": results})
+        made_on = machine(model.device.type) | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+        write_json(arguments.json, {**made_on, **sizes, "vocabulary": VOCABULARY, "results": results})
 
 
 if __name__ == "__main__":
