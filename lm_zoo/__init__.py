@@ -15,6 +15,7 @@ __all__ = [
     "DecodeStep",
     "DeltaNet",
     "DeltaProduct",
+    "Engine",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "KimiDeltaAttention",
@@ -67,6 +68,7 @@ if importlib.util.find_spec("transformers") is not None:
     from lm_zoo.model import ZooForCausalLM, ZooModel
     from lm_zoo.packing import pack_weights
     from lm_zoo.prefix_store import PrefixStore
+    from lm_zoo.serving import Engine
 
     AutoConfig.register(ZooConfig.model_type, ZooConfig, exist_ok=True)
     AutoConfig.register(LinearizedConfig.model_type, LinearizedConfig, exist_ok=True)
