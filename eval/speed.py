@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lm_zoo.causal_lm import PREFILL_CHUNK
 from lm_zoo.model import ZooForCausalLM
-
-PREFILL_CHUNK = 4096
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import os
 import sys
 from types import ModuleType
 
-from lm_zoo.commands import generate, harness, inspect, list_mixers, perplexity, serve, synthetic
+from lm_zoo.commands import bench_decode, generate, harness, inspect, list_mixers, perplexity, serve, synthetic
 from lm_zoo.commands.arguments import Parser
 from lm_zoo.errors import is_user_error, one_line
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
+    "bench decode": (bench_decode, "speed and memory over contexts and batches, beside the transformer's"),
     "eval harness": (harness, "lm-eval's tasks, and task files of your own"),
     "eval inspect": (inspect, "what a model looks at, how long it remembers, what it makes of long texts"),
     "eval perplexity": (perplexity, "token perplexity and bits per byte on a text"),
@@ -29,7 +30,7 @@ ELSEWHERE = {
     "data": "tokenise text at size, for training: lm-zoo data prepare",
     "linearize": "turn a pretrained transformer into a linear-attention model",
 }
-GROUPS = {"eval": "measure a model"}
+GROUPS = {"bench": "measure this machine", "eval": "measure a model"}
 
 
 def main(argv: list[str] | None = None) -> int:
