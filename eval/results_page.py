@@ -34,8 +34,8 @@ def results_page(folder: Path) -> str:
         "",
         f"<!-- Written by `{COMMAND}` from docs/results: change the runs or their remarks, not this file. -->",
         "",
-        "Every table has the command that makes it, the commit, the machine, and what the paper reports. The numbers are "
-        "medians over the seeds, with the worst and the best seed in brackets where there are several.",
+        "Every table has the command that makes it, the commit, the machine, and what the paper reports. The numbers "
+        "are medians over the seeds, with the worst and the best seed in brackets where there are several.",
     ]
     for kind, section in SECTIONS.items():
         if kind in files:
@@ -48,9 +48,13 @@ def synthetic_section(files: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     lines = [
         "## Synthetic tasks",
         "",
-        "Small models from random weights, trained and tested on texts that are made of a seed. The learning rate is the "
-        "best of a search on texts of its own. `state` is how many numbers of 4 bytes the model keeps of a text, over "
-        "all layers, convolutions included; attention keeps all keys and values.",
+        "Small models from random weights, trained and tested on texts that are made of a seed. The learning rate is "
+        "the best of a search on texts of its own. `state` is how many numbers of 4 bytes the model keeps of a text, "
+        "over all layers, convolutions included; attention keeps all keys and values.",
+        "",
+        "`lm-zoo eval synthetic --task T --mixers a,b,c --budget cpu|gpu|paper` makes such a table of any mixers, for "
+        "the tasks in `configs/synthetic`: `cpu` in 20 minutes on two cores, `gpu` on one GPU, `paper` with the sizes "
+        "of the paper. A sweep that was killed goes on when the same command is given again.",
     ]
     order = {task: place for place, task in enumerate(FIRST)}
     for path, content in sorted(files, key=lambda file: (order.get(file[1]["task"], len(order)), file[0])):
@@ -61,14 +65,14 @@ def synthetic_section(files: list[tuple[Path, dict[str, Any]]]) -> list[str]:
 
 def synthetic_table(content: dict[str, Any]) -> list[str]:
     several = len(content["settings"]["hidden_sizes"]) > 1
-    head = ["mixer", *(["d"] if several else []), "state", "learning rate", "seeds", *content["tests"]]
+    head = ["mixer", *(["d"] if several else []), "layers", "state", "learning rate", "seeds", *content["tests"]]
     lines = [table_row(head), table_row(["---", *["---:"] * (len(head) - 1)])]
     for row in content["rows"]:
         cells = [f"`{row['mixer']}`", *([str(row["hidden_size"])] if several else [])]
         if row["seeds"] == 0:
             lines.append(table_row([*cells, *["not run"] * (len(head) - len(cells))]))
             continue
-        cells += [f"{row['state']:,}", f"{row['learning_rate']:g}", str(row["seeds"])]
+        cells += [str(row["layers"]), f"{row['state']:,}", f"{row['learning_rate']:g}", str(row["seeds"])]
         for median, worst, best in zip(row["accuracy"], row["worst"], row["best"], strict=True):
             cells.append(f"{median:.3f}" if row["seeds"] == 1 else f"{median:.3f} ({worst:.3f}, {best:.3f})")
         lines.append(table_row(cells))
@@ -83,12 +87,14 @@ def chances(content: dict[str, Any]) -> list[str]:
 def provenance(content: dict[str, Any]) -> str:
     """How to make it again, and what it was made on."""
     sizes = ", ".join(str(size) for size in content["settings"]["hidden_sizes"])
-    layers = (content["settings"]["model"] | {})["num_hidden_layers"]
     seconds = statistics.median(second for row in content["rows"] if row["seeds"] for second in row["seconds"])
+    times = (
+        f"{content['minutes']:.0f} minutes for {content['run_minutes']:.0f} minutes of runs of {seconds:.0f} s (median)"
+    )
     return (
-        f"`{content['command']}` at commit {content['commit']}: {layers} layer{'s' * (layers > 1)}, d = {sizes}; torch "
+        f"`{content['command']}` at commit {content['commit']}: d = {sizes}; torch "
         f"{content['torch']}, {content['device']}, {content['jobs']} runs side by side with one thread each; "
-        f"{content['run_minutes']:.0f} minutes of runs in {content['minutes']:.0f} minutes, {seconds:.0f} s the median run."
+        f"{times}."
     )
 
 

@@ -34,8 +34,8 @@ class Progress:
     def __call__(self, run: Run, result: Result) -> None:
         accuracies = " ".join(f"{value:.3f}" for value in result["accuracy"])
         print(
-            f"[{self.minutes:4.1f} min] {run.mixer} d={run.hidden_size} lr={run.learning_rate:g} seed={run.seed}: "
-            f"{accuracies} after {result['steps']:,} steps, {result['seconds']:.0f} s",
+            f"[{self.minutes:4.1f} min] {run.mixer} d={run.hidden_size} layers={run.trial[0]} lr={run.learning_rate:g} "
+            f"seed={run.seed}: {accuracies} after {result['steps']:,} steps, {result['seconds']:.0f} s",
             flush=True,
         )
 
@@ -83,13 +83,14 @@ def summary(plan: Plan, results: dict[str, Result]) -> list[dict[str, Any]]:
                 rows.append({"mixer": mixer, "hidden_size": size, "seeds": 0})
                 continue
             best = max((run for run in done if run.seed == 0), key=lambda run: score(results[run.name]))
-            found = [results[run.name] for run in done if run.learning_rate == best.learning_rate]
+            found = [results[run.name] for run in done if run.trial == best.trial]
             accuracies = [result["accuracy"] for result in found]
             rows.append(
                 {
                     "mixer": mixer,
                     "hidden_size": size,
                     "seeds": len(found),
+                    "layers": best.trial[0],
                     "learning_rate": best.learning_rate,
                     "parameters": found[0]["parameters"],
                     "state": found[0]["state"],
@@ -114,7 +115,7 @@ def part_name(part: dict[str, Any]) -> str:
 
 
 def chance(plan: Plan) -> float:
-    run = plan.run(next(iter(plan.mixers)), plan.budget.hidden_sizes[0], plan.budget.learning_rates[0], 0)
+    run = plan.run(next(iter(plan.mixers)), plan.budget.hidden_sizes[0], plan.trials[0], 0)
     return run.task_of(plan.budget.test[0]).chance
 
 
@@ -131,6 +132,7 @@ def _line(run: Run, result: Result, plan: Plan) -> dict[str, Any]:
     return {
         "mixer": run.mixer,
         "hidden_size": run.hidden_size,
+        "layers": run.trial[0],
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         **{key: result[key] for key in ("parameters", "state", "steps", "seconds", "loss")},
@@ -150,12 +152,12 @@ def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def table(plan: Plan, rows: list[dict[str, Any]]) -> str:
     """The medians over the seeds, one line for each row; tabs between columns where nobody looks."""
-    head = ["mixer", "d", "state", "lr", "seeds", *(part_name(part) for part in plan.budget.test)]
+    head = ["mixer", "d", "layers", "state", "lr", "seeds", *(part_name(part) for part in plan.budget.test)]
     lines = [head]
     for row in rows:
         values = [row["mixer"], str(row["hidden_size"])]
         if row["seeds"]:
-            values += [f"{row['state']:,}", f"{row['learning_rate']:g}", str(row["seeds"])]
+            values += [str(row["layers"]), f"{row['state']:,}", f"{row['learning_rate']:g}", str(row["seeds"])]
             values += [f"{value:.3f}" for value in row["accuracy"]]
         else:
             values += ["not run"]
