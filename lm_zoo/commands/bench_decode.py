@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lm_zoo.commands.arguments import non_negative, positive
 
-CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
+CONTEXTS = (128, 2048, 32768, 131072)
 BATCHES = (1, 8, 64)
 
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixers", nargs="+", metavar="NAME", help="which ones (default: all, and the transformer)")
     parser.add_argument("--contexts", nargs="+", type=positive, default=CONTEXTS, metavar="N", help="tokens before")
     parser.add_argument("--batches", nargs="+", type=positive, default=BATCHES, metavar="B", help="texts at a time")
-    parser.add_argument("--turns", type=positive, default=7, metavar="N", help="how often each is timed (default 7)")
+    parser.add_argument("--turns", type=positive, default=15, metavar="N", help="how often each is timed (15)")
     parser.add_argument(
         "--seconds", type=non_negative, default=10, metavar="S", help="skip contexts that take longer to read (10)"
     )
