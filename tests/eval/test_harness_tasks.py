@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from linearize_fixtures import STORIES, documents
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, manager
 from tiny_teachers import new_teacher
@@ -109,7 +109,7 @@ def zoo():
 def by_hflm(model, tokenizer, tasks, names):
     index = TaskManager(include_path=str(tasks), include_defaults=False)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    results = simple_evaluate(model=lm, tasks=names, task_manager=index, bootstrap_iters=10)["results"]
+    results = evaluate(lm, index.load(names), bootstrap_iters=10)["results"]
     return {(task, key.split(",")[0]): value for task, row in results.items() for key, value in row.items()}
 
 
