@@ -84,7 +84,7 @@ def bench_decode(
 
 def make_model(mixer: str, **options: Any) -> ZooForCausalLM:
     torch.manual_seed(0)
-    return pack_weights(ZooForCausalLM(ZooConfig(**SIZES, mixers={mixer: options.pop("mixer", {})}, **options)).eval())
+    return pack_weights(ZooForCausalLM(ZooConfig(**SIZES, mixers={mixer: {}}, **options)).eval())
 
 
 def decode_point(
@@ -202,10 +202,10 @@ def against_transformers(turns: int, length: int = 2048) -> dict[str, Any]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it says that its kernels need a GPU
-    sizes = {"hidden_size": 512, "num_hidden_layers": 12, "vocab_size": 4096, "state_size": 128, "head_dim": 64}
-    theirs = Mamba2ForCausalLM(Mamba2Config(**sizes, num_heads=16, n_groups=1, expand=2, chunk_size=256)).eval()
+    sizes = {"head_dim": 64, "state_size": 128, "expand": 2, "num_heads": SIZES["hidden_size"] // 32, "n_groups": 1}
+    theirs = Mamba2ForCausalLM(Mamba2Config(**SIZES, **sizes)).eval()
     ours = make_model("mamba2", intermediate_size=0)
-    ids = torch.randint(4096, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(0))
     prompt = {
         "ours": lambda: ours(ids, past_key_values=ours.init_cache(1), logits_to_keep=1),
         "theirs": lambda: theirs(ids, use_cache=True, logits_to_keep=1),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if TYPE_CHECKING:
+    from lm_zoo.causal_lm import CausalLM
+
 ROWS = 4  # up to so many, a product takes as long as reading the weights
 
 
 @torch.no_grad()
-def pack_weights(model: nn.Module) -> nn.Module:
+def pack_weights(model: CausalLM) -> CausalLM:
     """Lay the weights of a model on a CPU out so that decoding reads them at the speed of the memory.
 
     The weights W_1 .. W_n `[O_i, K]` of linear layers that take the same input become views of one matrix `[K, O]`:

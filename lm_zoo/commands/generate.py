@@ -28,8 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from lm_zoo.causal_lm import CausalLM
     from lm_zoo.eval.generation import generate
     from lm_zoo.eval.loading import decode_utf8, load_model
+    from lm_zoo.packing import pack_weights
 
     prompt, state = arguments.prompt, arguments.state
     is_new = state is not None and not state.exists()
@@ -38,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     if prompt == "-":
         prompt = decode_utf8(sys.stdin.buffer.read(), "the prompt on standard input")
     model, tokenizer = load_model(arguments.model)
+    if isinstance(model, CausalLM):
+        pack_weights(model)
     generate(
         model,
         tokenizer,
