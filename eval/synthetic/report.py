@@ -23,8 +23,7 @@ from lm_zoo.eval.synthetic.sweep import Result, due, score
 class Progress:
     """A line for every run that ends."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self) -> None:
         self.started = time.monotonic()
 
     @property
@@ -73,7 +72,7 @@ def write_report(plan: Plan, results: dict[str, Result], folder: Path, *, minute
 
 
 def summary(plan: Plan, results: dict[str, Result]) -> list[dict[str, Any]]:
-    """A row for each mixer and hidden size: all seeds at the learning rate that did best in the search."""
+    """A row for each mixer and hidden size: all seeds at what did best in the search."""
     rows = []
     for mixer in plan.mixers:
         for size in plan.budget.hidden_sizes:

@@ -30,6 +30,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     from lm_zoo.eval.synthetic.sweep import sweep
 
-    progress = Progress(plan)
+    progress = Progress()
     results = sweep(plan, folder / "runs", progress)
     print(write_report(plan, results, folder, minutes=progress.minutes))
