@@ -217,3 +217,9 @@ def test_a_model_without_such_a_layer_refuses():
     config = ZooConfig(vocab_size=31, hidden_size=D, num_hidden_layers=2, mixers={"gla": {"num_heads": H}})
     with pytest.raises(ValueError, match=r"prefix_length needs .* \(linear_attention, lightnet\), this model has gla"):
         ZooForCausalLM(config)(tokens(1), prefix_length=2)
+
+
+def test_ranks_that_share_a_text_refuse(monkeypatch):
+    monkeypatch.setattr("lm_zoo.layers.prefix.active_group", lambda: "ranks")
+    with pytest.raises(ValueError, match="prefix_length is not for texts that ranks share"):
+        LinearAttention(D, num_heads=H)(texts(1).float(), prefix_length=2)
