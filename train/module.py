@@ -232,11 +232,15 @@ class ZooModule(L.LightningModule):
         checkpoint["step_guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        now = self.config.to_dict()
-        for name, before in checkpoint.get("zoo_config", {}).items():
-            if now.get(name) != before:
-                raise UserError(
-                    f"the checkpoint's model has {name}={before}, this one {now.get(name)}; "
-                    "resume with the options the run was started with"
-                )
+        check_same_model(checkpoint, self.config)
         self.guard.load_state_dict(checkpoint["step_guard"])
+
+
+def check_same_model(checkpoint: dict[str, Any], config: ZooConfig) -> None:
+    now = config.to_dict()
+    for name, before in checkpoint["zoo_config"].items():
+        if now.get(name) != before:
+            raise UserError(
+                f"the checkpoint's model has {name}={before}, this one {now.get(name)}; "
+                "resume with the options the run was started with"
+            )

@@ -36,12 +36,13 @@ from lm_zoo.train.compiled import lacks_compiler
 from lm_zoo.train.data import TextData
 from lm_zoo.train.layer_statistics import LayerStatistics
 from lm_zoo.train.metrics import Metrics, MetricsFile
-from lm_zoo.train.module import ZooModule
+from lm_zoo.train.module import ZooModule, check_same_model
 from lm_zoo.train.parallel import MeshStrategy, Parallel, data_process, full_weights
 from lm_zoo.train.plots import Plots
 from lm_zoo.train.progress import StepProgress
 from lm_zoo.train.quiet import quiet_libraries
 from lm_zoo.train.samples import Samples
+from lm_zoo.train.snapshot import load_tree
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # the data counts its own epochs: see TextData.epochs
@@ -108,7 +109,9 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
     if trainer.is_global_zero:  # the other processes find the cache when Lightning lets them in
         data.prepare_data()
         data.setup()
-        module.zoo_config(data.tokenizer)
+        config = module.zoo_config(data.tokenizer)
+        if checkpoint is not None:
+            check_same_model(load_tree(checkpoint, None), config)  # before other processes are started
         if trainer.progress_bar_callback is not None:
             describe(trainer, data)
     try:

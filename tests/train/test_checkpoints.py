@@ -209,6 +209,10 @@ def test_damaged_or_foreign_checkpoints_are_refused(start_run, tmp_path, tiny) -
         start_run("run", max_steps=4, resume="last", data={"batch_size": 3})
     with pytest.raises(UserError, match=r"norm_eps=1e-06, this one 1e-05"):
         start_run("run", max_steps=4, resume="last", model={"config": {**tiny, "norm_eps": 1e-5}})
+    other = {"config": {**tiny, "mixers": {"attention": {"num_heads": 1}}}}
+    # Before a second process is started, which would say it again.
+    with pytest.raises(UserError, match=r"has mixers=\{'gla': .*, this one \{'attention': "):
+        start_run("run", max_steps=4, resume="last", model=other, devices=2, data={"batch_size": 1})
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     save_snapshot({"weights": torch.zeros(2)}, foreign)
