@@ -17,7 +17,6 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.resources
-import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,9 +38,9 @@ class Budget:
     sizes of the task, in place of the file's. In `train` either every batch is new, the parts taking turns for so many
     `steps`, or `count` texts are drawn once and read for so many `epochs`.
 
-    The search: each mixer of each hidden size is trained with seed 0, with the numbers of layers and for each the
-    learning rates in the order given, until a validation score is `enough`; the best of them then with the other seeds.
-    The score is the mean accuracy over the parts of the test, on examples of their own.
+    The search: each mixer of each hidden size is trained with seed 0 at the learning rates in the order given, until
+    one has a validation score of `enough`; the best of them then with the other seeds. The score is the mean accuracy
+    over the parts of the test, on examples of their own.
     """
 
     mixers: tuple[str, ...]
@@ -50,14 +49,14 @@ class Budget:
     learning_rates: tuple[float, ...]
     model: dict[str, Any] = field(default_factory=dict)  # options of ZooConfig, beside the file's
     hidden_sizes: tuple[int, ...] = (64,)
-    layers: tuple[int, ...] = ()  # numbers of them to try; by default the model's
+    layers: dict[str, int] = field(default_factory=dict)  # of a variant that wants another number than the model's
     seeds: int = 3
     batch_size: int = 32
     steps: int | None = None
     epochs: int | None = None
     weight_decay: float = 0.1
     warmup: float = 0.1  # part of all steps; the learning rate then falls along a cosine to 0
-    enough: float = 2.0  # above 1: everything is tried
+    enough: float = 2.0  # above 1: all learning rates are tried
     check_every: int = 100  # steps between validations, of which one with a score of `stop_at` ends the run
     stop_at: float = 1.0
     validation: int = 128  # examples of each part of the test
@@ -79,10 +78,6 @@ class Run:
     learning_rate: float
     seed: int
     training: dict[str, Any]  # of the budget what bears upon one run
-
-    @property
-    def trial(self) -> tuple[int, float]:
-        return self.model["num_hidden_layers"], self.learning_rate
 
     @property
     def name(self) -> str:
@@ -124,17 +119,12 @@ class Plan:
     budget: Budget
     chosen: bool  # whether the mixers were asked for, rather than the budget's own
 
-    @property
-    def trials(self) -> list[tuple[int, float]]:
-        """What the search tries, in its order: layers and learning rate."""
-        layers = self.budget.layers or ((self.model | self.budget.model)["num_hidden_layers"],)
-        return list(itertools.product(layers, self.budget.learning_rates))
-
-    def run(self, mixer: str, hidden_size: int, trial: tuple[int, float], seed: int) -> Run:
+    def run(self, mixer: str, hidden_size: int, learning_rate: float, seed: int) -> Run:
         training = {key: getattr(self.budget, key) for key in OF_ONE_RUN}
         options = {"type": mixer} | self.mixers[mixer]
-        layers, learning_rate = trial
-        model = self.model | self.budget.model | {"num_hidden_layers": layers}
+        model = self.model | self.budget.model
+        if mixer in self.budget.layers:
+            model |= {"num_hidden_layers": self.budget.layers[mixer]}
         return Run(self.task, self.sizes, mixer, options, hidden_size, model, learning_rate, seed, training)
 
     def check(self) -> None:
@@ -142,7 +132,7 @@ class Plan:
         for mixer in self.mixers:
             for hidden_size in self.budget.hidden_sizes:
                 try:
-                    self.run(mixer, hidden_size, self.trials[0], 0).config()
+                    self.run(mixer, hidden_size, self.budget.learning_rates[0], 0).config()
                 except (TypeError, ValueError) as error:
                     raise UserError(f"--mixers: {error}") from error
 

@@ -33,7 +33,7 @@ class Progress:
     def __call__(self, run: Run, result: Result) -> None:
         accuracies = " ".join(f"{value:.3f}" for value in result["accuracy"])
         print(
-            f"[{self.minutes:4.1f} min] {run.mixer} d={run.hidden_size} layers={run.trial[0]} lr={run.learning_rate:g} "
+            f"[{self.minutes:4.1f} min] {run.mixer} d={run.hidden_size} lr={run.learning_rate:g} "
             f"seed={run.seed}: {accuracies} after {result['steps']:,} steps, {result['seconds']:.0f} s",
             flush=True,
         )
@@ -72,7 +72,7 @@ def write_report(plan: Plan, results: dict[str, Result], folder: Path, *, minute
 
 
 def summary(plan: Plan, results: dict[str, Result]) -> list[dict[str, Any]]:
-    """A row for each mixer and hidden size: all seeds at what did best in the search."""
+    """A row for each mixer and hidden size: all seeds at the learning rate that did best in the search."""
     rows = []
     for mixer in plan.mixers:
         for size in plan.budget.hidden_sizes:
@@ -82,14 +82,14 @@ def summary(plan: Plan, results: dict[str, Result]) -> list[dict[str, Any]]:
                 rows.append({"mixer": mixer, "hidden_size": size, "seeds": 0})
                 continue
             best = max((run for run in done if run.seed == 0), key=lambda run: score(results[run.name]))
-            found = [results[run.name] for run in done if run.trial == best.trial]
+            found = [results[run.name] for run in done if run.learning_rate == best.learning_rate]
             accuracies = [result["accuracy"] for result in found]
             rows.append(
                 {
                     "mixer": mixer,
                     "hidden_size": size,
                     "seeds": len(found),
-                    "layers": best.trial[0],
+                    "layers": best.model["num_hidden_layers"],
                     "learning_rate": best.learning_rate,
                     "parameters": found[0]["parameters"],
                     "state": found[0]["state"],
@@ -114,7 +114,7 @@ def part_name(part: dict[str, Any]) -> str:
 
 
 def chance(plan: Plan) -> float:
-    run = plan.run(next(iter(plan.mixers)), plan.budget.hidden_sizes[0], plan.trials[0], 0)
+    run = plan.run(next(iter(plan.mixers)), plan.budget.hidden_sizes[0], plan.budget.learning_rates[0], 0)
     return run.task_of(plan.budget.test[0]).chance
 
 
@@ -131,7 +131,7 @@ def _line(run: Run, result: Result, plan: Plan) -> dict[str, Any]:
     return {
         "mixer": run.mixer,
         "hidden_size": run.hidden_size,
-        "layers": run.trial[0],
+        "layers": run.model["num_hidden_layers"],
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         **{key: result[key] for key in ("parameters", "state", "steps", "seconds", "loss")},

@@ -40,8 +40,8 @@ def due(plan: Plan, results: dict[str, Result]) -> list[Run]:
 
 def _due_of(plan: Plan, mixer: str, hidden_size: int, results: dict[str, Result]) -> list[Run]:
     tried = []
-    for trial in plan.trials:
-        tried.append(plan.run(mixer, hidden_size, trial, 0))
+    for rate in plan.budget.learning_rates:
+        tried.append(plan.run(mixer, hidden_size, rate, 0))
         if plan.budget.enough <= 1:
             if tried[-1].name not in results:
                 return tried  # one at a time: it may be enough
@@ -50,7 +50,7 @@ def _due_of(plan: Plan, mixer: str, hidden_size: int, results: dict[str, Result]
     if any(run.name not in results for run in tried):
         return tried
     best = max(tried, key=lambda run: score(results[run.name]))
-    others = (plan.run(mixer, hidden_size, best.trial, seed) for seed in range(1, plan.budget.seeds))
+    others = (plan.run(mixer, hidden_size, best.learning_rate, seed) for seed in range(1, plan.budget.seeds))
     return [*tried, *others]
 
 

@@ -68,7 +68,7 @@ class TestPlans:
             assert plan.budget.steps is None or plan.budget.epochs is None
             assert plan.budget.device == ("cpu" if budget == "cpu" else "cuda")
             assert budget == "paper" or plan.budget.minutes < {"cpu": 20, "gpu": 8}[budget]
-            run = plan.run(next(iter(plan.mixers)), plan.budget.hidden_sizes[0], plan.trials[0], 0)
+            run = plan.run(next(iter(plan.mixers)), plan.budget.hidden_sizes[0], plan.budget.learning_rates[0], 0)
             for part in (*plan.budget.train, *plan.budget.test):
                 run.task_of(part).examples(2, part["length"], torch.Generator().manual_seed(0))
             assert all("count" in part for part in plan.budget.test)
@@ -82,12 +82,17 @@ class TestPlans:
 
     def test_a_run_is_known_by_all_that_bears_upon_it(self, tiny):
         plan = tiny()
-        run = plan.run("negative", 16, (1, 0.01), 0)
-        assert run.name == plan.run("negative", 16, (1, 0.01), 0).name
-        others = [plan.run("attention", 16, (1, 0.01), 0), plan.run("negative", 16, (1, 0.01), 1), tiny({"steps": 4})]
-        others[2] = others[2].run("negative", 16, (1, 0.01), 0)
+        run = plan.run("negative", 16, 0.01, 0)
+        assert run.name == plan.run("negative", 16, 0.01, 0).name
+        others = [plan.run("attention", 16, 0.01, 0), plan.run("negative", 16, 0.01, 1), tiny({"steps": 4})]
+        others[2] = others[2].run("negative", 16, 0.01, 0)
         assert len({run.name, *(other.name for other in others)}) == 4
-        assert tiny({"jobs": 3, "minutes": 2}).run("negative", 16, (1, 0.01), 0).name == run.name
+        assert tiny({"jobs": 3, "minutes": 2}).run("negative", 16, 0.01, 0).name == run.name
+
+    def test_a_variant_may_have_layers_of_its_own(self, tiny):
+        plan = tiny({"layers": {"negative": 3}})
+        layers = [plan.run(mixer, 16, 0.01, 0).config().num_hidden_layers for mixer in plan.mixers]
+        assert layers == [3, 1]
 
 
 class TestWhatIsDue:
@@ -98,19 +103,12 @@ class TestWhatIsDue:
 
     def test_search(self, tiny):
         plan = tiny(mixers=["negative"])
-        first, second = (plan.run("negative", 16, (1, rate), 0).name for rate in (0.04, 0.01))
+        first, second = (plan.run("negative", 16, rate, 0).name for rate in (0.04, 0.01))
         assert self.due(plan, {}) == [(0.04, 0)]
         assert self.due(plan, {first: result(0.7, 0.6)}) == [(0.04, 1)]
         assert self.due(plan, {first: result(0.7, 0.4)}) == [(0.01, 0)]
         assert self.due(plan, {first: result(0.5, 0.5), second: result(0.5, 0.4)}) == [(0.04, 1)]
         assert self.due(plan, {first: result(0.5, 0.4), second: result(0.5, 0.5)}) == [(0.01, 1)]
-
-    def test_more_layers_are_tried_when_no_rate_is_enough(self, tiny):
-        plan = tiny({"layers": [1, 2]}, mixers=["negative"])
-        results = {plan.run("negative", 16, (1, rate), 0).name: result(0.5) for rate in (0.04, 0.01)}
-        (run,) = (run for run in sweeps.due(plan, results) if run.name not in results)
-        assert run.trial == (2, 0.04)
-        assert run.config().num_hidden_layers == 2
 
     def test_a_full_grid_starts_with_all_rates(self, tiny):
         plan = tiny({"enough": 2.0}, mixers=["negative"])
@@ -119,7 +117,7 @@ class TestWhatIsDue:
 
 class TestTraining:
     def run(self, plan, **changes) -> Run:
-        return dataclasses.replace(plan.run("negative", 16, (1, 0.04), 0), **changes)
+        return dataclasses.replace(plan.run("negative", 16, 0.04, 0), **changes)
 
     def test_the_seed_decides(self, tiny):
         run = self.run(tiny())
