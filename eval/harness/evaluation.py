@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from lm_eval.evaluator import evaluate as lm_evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -119,13 +120,21 @@ def _finite(value: Any) -> float | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval reports on itself in bars, logs and prints, and forks processes to resample: none of it here."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"),
-    ):
-        yield
+    """lm-eval reports on itself in bars, logs and prints, and forks processes to resample: none of it here.
+
+    The hub's log of its retries goes to where standard error was when it was imported, so that is lowered, too.
+    """
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"),
+        ):
+            yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -291,6 +292,20 @@ def test_more_examples_than_there_are_is_one_line(refused, tasks):
 def test_data_out_of_reach_is_one_line(refused, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert "the data of task 'recall_swde' is neither here nor to be fetched" in refused("--tasks", "recall_swde")
+
+
+def test_the_hubs_retries_are_not_told(refused, monkeypatch):
+    log = logging.getLogger("huggingface_hub.utils._http")
+    told = []
+
+    def load(*arguments, **options):
+        told.append(log.isEnabledFor(logging.WARNING))
+        raise ConnectionError("no way there")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert "nor to be fetched: no way there; fetch it once" in refused("--tasks", "recall_fda")
+    assert told == [False]
+    assert log.isEnabledFor(logging.WARNING)
 
 
 def test_rolling_texts_cannot_be_read_twice(refused, tasks):
