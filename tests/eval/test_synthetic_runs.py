@@ -126,6 +126,9 @@ class TestTraining:
         assert second.pop("seconds") > 0
         assert first == second
         assert train(self.run(tiny(), seed=1))["loss"] != first["loss"]
+        texts = [next(iter(Batches(self.run(tiny({"train": [{"length": 40}]}), seed=seed))))[0] for seed in (0, 0, 1)]
+        assert torch.equal(texts[0], texts[1])
+        assert not torch.equal(texts[0], texts[2])
 
     def test_what_is_reported(self, tiny):
         found = train(self.run(tiny()))
