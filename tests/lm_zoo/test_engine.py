@@ -97,6 +97,17 @@ def test_greedy_texts_are_those_of_generate(model):
     assert engine.running == engine.waiting == 0
 
 
+def test_states_that_grow(served):
+    """Keys and values move to longer tensors after 64 tokens, here once texts have left and others have entered."""
+    model, prompts = served("hybrid"), prompts_of([10, 40, 10, 12, 9])
+    # Sampled, since a greedy text soon repeats itself, whatever it forgets.
+    samplings = [Sampling(seed=n, max_tokens=n) for n in (4, 60, 50, 51, 8)]
+    with Engine(model, TOKENIZER, max_batch=3) as engine:
+        alone = [engine.submit(p, s).result() for p, s in zip(prompts, samplings, strict=True)]
+        requests = [engine.submit(p, s) for p, s in zip(prompts, samplings, strict=True)]
+        assert [request.result() for request in requests] == alone
+
+
 @pytest.mark.parametrize("mixer", ["sliding", "terrace", "liger"])
 def test_linearized_models_too(mixer):
     options = {"window": 3} | ({} if mixer == "liger" else {"window_kind": mixer})
@@ -143,9 +154,11 @@ def test_shared_prefixes_are_read_once(served, name):
     with Engine(model, TOKENIZER, prefill_chunk=16, prefix_store=store) as engine:
         for _ in range(2):
             check_greedy(model, engine, prompts, [6] * len(prompts))
+        for prompt in (*prompts[:2], *prompts[:2]):  # each alone, so that it is not packed with others
+            check_greedy(model, engine, [prompt], [6])
     read = sum(map(len, own)) + 40
-    assert store.tokens_read < read + 5 * 8 + 2 * sum(len(tail) + 8 for tail in own)  # not 2 x 5 x 40
-    assert store.tokens_found >= 6 * 40
+    assert store.tokens_read < read + 5 * 8 + 4 * sum(len(tail) + 8 for tail in own)  # not 14 x 40
+    assert store.tokens_found >= 10 * 40
     # What it holds can be continued outside of the engine and of inference mode.
     cache = store.prefill(torch.tensor([prompts[0]]))
     output = model.generate(torch.tensor([prompts[0]]), past_key_values=cache, max_new_tokens=6, do_sample=False)
@@ -302,18 +315,25 @@ def test_an_error_of_the_model_ends_what_it_was_working_on(served, caplog):
 @pytest.mark.parametrize("name", ["gla", "hybrid", "mamba2"])
 def test_a_text_that_is_not_finite_ends_alone_and_leaves_nothing_behind(served, name):
     model = served(name)
-    poison, *others = prompts_of([6, 5, 9, 4])
-    poison[-1] = 0  # in no other prompt, and no other text: its embedding is not finite
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # no longer the embeddings'
+    prompts, counts = prompts_of([20, 9, 9, 4, 5]), [30, 12, 12, 6, 6]
+    texts = [generated(model, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    # A token of the second text alone, which is not finite once it is read; so is the end of the third prompt.
+    elsewhere = {token for n in (0, 3, 4) for token in prompts[n] + texts[n]} | set(prompts[1] + texts[1][:2])
+    poison = next(token for token in texts[1][2:-1] if token not in elsewhere)
+    prompts[2][-1] = poison
     with torch.no_grad():
-        model.model.embed_tokens.weight[0] = float("nan")
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 32, dtype=torch.float64))
-        model.lm_head.weight[0] = 0  # never the likeliest
-    with Engine(model, TOKENIZER, max_batch=2, prefill_chunk=8) as engine:
-        requests = [engine.submit(p, Sampling(max_tokens=8, **GREEDY)) for p in (others[0], poison, *others[1:])]
-        with pytest.raises(EngineError, match="not finite"):
-            requests[1].result()
-        for request, prompt in zip((requests[0], *requests[2:]), others, strict=True):
-            assert list(request.result().tokens) == generated(model, prompt, 8)
+        model.model.embed_tokens.weight[poison] = float("nan")
+    with Engine(model, TOKENIZER, max_batch=2, prefill_chunk=30) as engine:
+        requests = [engine.submit(p, Sampling(max_tokens=n, **GREEDY)) for p, n in zip(prompts, counts, strict=True)]
+        for n, request in enumerate(requests):
+            if n in (1, 2):
+                with pytest.raises(EngineError, match="not finite"):
+                    request.result()
+            else:
+                assert list(request.result().tokens) == texts[n]
+    assert requests[1].written > 2
+    assert requests[2].written == 0
 
 
 @pytest.mark.parametrize(
