@@ -80,8 +80,10 @@ class TransformerReader:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         layers = DynamicCache(config=model.config).layers
-        self.shares = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-        self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        can_fork = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        self.shares = can_fork and "past_key_values" in takes
+        self._keeps_some = "logits_to_keep" in takes
 
     def read(
         self, memory: TransformerMemory | None, rows: list[list[int]], wanted: Wanted, *, keep: bool

@@ -9,6 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny_teachers import new_teacher
 from tokenizers.processors import TemplateProcessing
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from lm_zoo import ZooConfig, ZooForCausalLM
 from lm_zoo.errors import UserError
@@ -45,12 +46,19 @@ def transformer(family: str):
     return new_teacher(family, vocab_size=258, max_position_embeddings=POSITIONS).double().eval()
 
 
+def rwkv():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "context_length": POSITIONS}
+    return RwkvForCausalLM(RwkvConfig(**sizes)).double().eval()
+
+
 MODELS = {
     "zoo": hybrid,
     "student": student,
     "llama": lambda: transformer("llama"),
     "mistral": lambda: transformer("mistral"),  # a sliding window
     "gpt2": lambda: transformer("gpt2"),  # learned positions
+    "rwkv": rwkv,  # a state that cannot be forked from here
 }
 
 
@@ -101,7 +109,7 @@ def test_loglikelihoods_are_those_of_hflm(model):
     actual, expected, lm = beside_hflm(model, "loglikelihood", choices())
     assert [nats for nats, _ in actual] == pytest.approx([nats for nats, _ in expected], rel=1e-9)
     assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
-    assert lm.work.read < 0.6 * lm.work.asked
+    assert (lm.work.read < 0.6 * lm.work.asked) == (model.config.model_type != "rwkv")
 
 
 def test_what_greedy_decoding_would_write_is_told_from_the_rest(model):
