@@ -1,4 +1,4 @@
-"""What one of two processes does in `train/test_same_gradient.py`: `one_of_two_ranks.py OUT TEXT`, as by torchrun.
+"""What each of two processes does in `train/test_same_gradient.py`: `one_of_two_ranks.py OUT TEXT`, as by torchrun.
 
 Trains two steps on its share of the batch, then takes a step of the optimizer with sharded parameters. OUT gets the
 gradients and losses of the one, and the parameters and norm of the other.
@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.distributed as dist
+from forked_ranks import as_by_torchrun
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -75,4 +76,4 @@ def main(out: Path, text: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    as_by_torchrun(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""What one process of `train/test_parallel.py` does: `ranks_of_a_run.py OUT TEXT JSON`, as by torchrun.
+"""What the processes of `train/test_parallel.py` do: `ranks_of_a_run.py OUT TEXT JSON`, as by torchrun.
 
 Trains as JSON says and leaves, beside what any run leaves, the loss of each step in `OUT/losses.json`.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from forked_ranks import as_by_torchrun
 from lightning.pytorch.plugins import DoublePrecision
 
 from lm_zoo.train import Checkpoints, Parallel, TextData, ZooModule, fit
@@ -53,8 +54,12 @@ def train(out: Path, text: Path, *, parallel=None, model=None, data=None, every_
     return losses.steps
 
 
-if __name__ == "__main__":
+def main() -> None:
     out = Path(sys.argv[1])
     steps = train(out, Path(sys.argv[2]), **json.loads(sys.argv[3]))
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    as_by_torchrun(main)

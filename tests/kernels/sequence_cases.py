@@ -1,9 +1,9 @@
 """What ranks that share sequences check against one process, run in every one of them by `test_sequence_parallel.py`.
 
-    python sequence_cases.py FOLDER RANK WORLD_SIZE quick|all
+    python sequence_cases.py FOLDER WORLD_SIZE quick|all
 
-writes `FOLDER/RANK.json`: for every case the relative errors, or what was raised. Every rank computes both sides, from
-the same seeds; its own part of the outputs is compared, and the sum over the ranks of each gradient.
+writes `FOLDER/RANK.json` for each rank: for every case the relative errors, or what was raised. Every rank computes
+both sides, from the same seeds; its own part of the outputs is compared, and the sum over the ranks of each gradient.
 """
 
 import datetime
@@ -23,6 +23,7 @@ from lm_zoo.kernels import causal_conv1d, linear_attention, linear_scan, selecti
 from lm_zoo.kernels.sequence_parallel import SequenceGroup, alone, sequence_parallel
 
 from compare import relative_error  # isort: skip - by the path that sequence_checks adds
+from forked_ranks import on_ranks  # isort: skip
 
 BOUNDS = [0, 0, 3, 3, 17, 17, 19, 24, 24]  # empty ones, one that crosses 3 segments of 6, borders at 6 and 12 within
 ALIGNED = [0, 6, 12, 18, 24]  # every document starts where a segment of two or of four ranks does, or in its middle
@@ -297,4 +298,5 @@ def main(folder: Path, rank: int, size: int, quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "quick")
+    folder, size, plan = sys.argv[1:]
+    on_ranks(int(size), lambda rank: main(Path(folder), rank, int(size), plan == "quick"))

@@ -28,18 +28,12 @@ def ranks(tmp_path_factory):
         if size not in done:
             folder = tmp_path_factory.mktemp("ranks")
             plan = "quick" if QUICK[size] else "all"
-            commands = [
-                [sys.executable, "-W", "error", str(CASES), str(folder), str(rank), str(size), plan]
-                for rank in range(size)
-            ]
+            command = [sys.executable, "-W", "error", str(CASES), str(folder), str(size), plan]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            processes = [
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                for command in commands
-            ]
-            for process in processes:
-                output = process.communicate(timeout=600)[0]
-                assert process.returncode == 0, output
+            ranks = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+            )
+            assert ranks.returncode == 0, ranks.stdout
             done[size] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
         return done[size]
 
