@@ -316,6 +316,7 @@ class Engine:
                 self._last += [tokens[n] for n in entering]
                 self._chooser = None
         except Exception as error:
+            self._slots.leave([*range(len(self._written), len(self._slots))])  # rows that were about to be taken
             self._report(error, [prompt.request for prompt, _ in turn])
 
     def _write(self) -> None:

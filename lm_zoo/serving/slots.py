@@ -31,6 +31,7 @@ class Slots:
         self._buffers = [dict(state.tensors) for state in self._kinds]
         self._steps: dict[int, DecodeStep] = {}  # by the number of rows: each over the first rows of the buffers
         self._step: DecodeStep | None = None  # the one for the texts that there are
+        self._recorded = False  # whether that one is, or will be, a recording
         self._grown = False  # whether states have put longer tensors in place of the buffers
 
     def __len__(self) -> int:
@@ -76,11 +77,7 @@ class Slots:
     def step(self, tokens: list[int]) -> Tensor:
         """Every text takes in one token; logits of the next ones, `[n, V]`."""
         ids = torch.tensor(tokens, device=self.model.device)[:, None]
-        cache = self._step.cache
-        if len(tokens) <= RECORDED and recordable(self.model, cache):
-            logits = self._step(ids)
-        else:
-            logits = self.model(ids, past_key_values=cache).logits
+        logits = self._step(ids) if self._recorded else self.model(ids, past_key_values=self._step.cache).logits
         self.lengths = [length + 1 for length in self.lengths]
         return logits[:, 0]
 
@@ -96,8 +93,10 @@ class Slots:
         self._step = self._steps[count]
         for state in self._step.cache.states:
             state.recount()
-        self._step.cache.length = max(self.lengths)
-        return self._step.cache
+        cache = self._step.cache
+        cache.length = max(self.lengths)
+        self._recorded = count <= RECORDED and recordable(self.model, cache)
+        return cache
 
     def _take_back(self) -> None:
         """The tensors that states which grow have put in place of the buffers' rows."""
@@ -107,7 +106,7 @@ class Slots:
             for name, tensor in state.tensors.items():
                 if tensor.data_ptr() != tensors[name].data_ptr():
                     tensors[name] = tensor
-                    self._steps = {len(self.lengths): self._step}
+                    self._steps = {self._step.cache.batch_size: self._step}
                     self._grown = True
 
 

@@ -9,7 +9,7 @@ import torch
 from plain_mixer import plain_mixer
 from tiny_teachers import new_teacher
 
-from lm_zoo import LinearizedForCausalLM, PrefixStore
+from lm_zoo import LayerState, LinearizedForCausalLM, PrefixStore
 from lm_zoo.errors import UserError
 from lm_zoo.serving import Closed, Engine, EngineError, PromptTooLong, QueueFull, Sampling
 from lm_zoo.serving.slots import Slots
@@ -310,6 +310,31 @@ def test_an_error_of_the_model_ends_what_it_was_working_on(served, caplog):
         check_greedy(model, engine, prompts, [5, 6])
     assert "the model failed; 1 texts end" in caplog.text
     assert engine.finished == {"error": 1, "length": 2}
+
+
+def test_an_error_while_a_text_enters_leaves_the_others_alone(served, monkeypatch):
+    model, prompts = served("hybrid"), prompts_of([5, 9, 7])
+    put, failing = LayerState.put, threading.Event()
+
+    def full(self, row, other):
+        if failing.is_set() and row > 0:
+            raise RuntimeError("out of memory")
+        put(self, row, other)
+
+    monkeypatch.setattr(LayerState, "put", full)
+    with Engine(model, TOKENIZER) as engine:
+        listener = Listener(3)
+        first = engine.submit(prompts[0], Sampling(max_tokens=200, seed=1), listener=listener)
+        assert listener.reached.wait(20)
+        failing.set()
+        with pytest.raises(EngineError, match="the model failed: out of memory"):
+            engine.submit(prompts[1], Sampling(max_tokens=5)).result()
+        failing.clear()
+        check_greedy(model, engine, [prompts[2]], [6])
+        while first.finish_reason is None:
+            time.sleep(0.005)
+        again = engine.submit(prompts[0], Sampling(max_tokens=200, seed=1)).result()
+    assert "".join(piece.text for piece in listener.pieces) == again.text
 
 
 @pytest.mark.parametrize("name", ["gla", "hybrid", "mamba2"])
