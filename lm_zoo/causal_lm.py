@@ -193,6 +193,8 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None and not is_first_iteration:
             attention_mask = None  # the padding is in the prompt, which the cache holds
             kwargs.pop("prefix_length", None)  # and so is the prefix
+        if is_first_iteration and getattr(past_key_values, "recording", False):
+            input_ids = input_ids[:, past_key_values.length :]  # as assisted generation leaves to us
         kwargs.pop("tokenizer", None)  # of stop_strings: transformers hands it on to the model
         inputs = super().prepare_inputs_for_generation(
             input_ids,
