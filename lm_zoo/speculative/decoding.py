@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from lm_zoo.cache import ZooCache
 from lm_zoo.causal_lm import CausalLM
 from lm_zoo.speculative.acceptance import Sampling, accept
+from lm_zoo.speculative.calls import Calls
 from lm_zoo.speculative.drafts import Draft, EarlyLayers, Lookup, ModelDraft
 
 
@@ -90,13 +91,14 @@ def speculate(
     written: list[list[int]] = [[] for _ in texts]
     going, rounds, guessed, accepted = set(range(len(texts))), 0, 0, 0
     _read(model, input_ids, attention_mask, cache)
+    calls = Calls(model, cache)
     try:
         while going:
             left = max_new_tokens - min(len(written[row]) for row in going)
-            guesses, q = drafting.guess(texts, min(tokens, left - 1)) if left > 1 else (input_ids[:, :0], None)
+            guesses, q = drafting.guess(texts, tokens) if left > 1 else (input_ids[:, :0], None)
             cache.record()
             last = torch.tensor([text[-1:] for text in texts], device=guesses.device)
-            logits = model(torch.cat([last, guesses], dim=1), past_key_values=cache).logits
+            logits = calls(torch.cat([last, guesses], dim=1))
             kept, following = accept(logits, guesses, q, sampling, generator)
             new = [
                 [*row[:count], token]

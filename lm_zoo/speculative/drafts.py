@@ -12,6 +12,7 @@ from lm_zoo.cache import ZooCache
 from lm_zoo.causal_lm import CausalLM
 from lm_zoo.model import ZooForCausalLM
 from lm_zoo.speculative.acceptance import Sampling
+from lm_zoo.speculative.calls import Calls
 
 
 class Draft(Protocol):
@@ -32,6 +33,7 @@ class ModelDraft:
 
     def __init__(self, model: CausalLM, cache: ZooCache, sampling: Sampling, generator: torch.Generator | None):
         self.model, self.cache = model, cache
+        self.calls = Calls(model, cache)
         self.sampling, self.generator = sampling, generator
         self.pending = 1
         self.guessed = 0
@@ -40,9 +42,8 @@ class ModelDraft:
         unread = torch.tensor([text[-self.pending :] for text in texts], device=self.model.device)
         self.cache.record()
         tokens, drawn_from = [], []
-        for _ in range(count):
-            logits = self.model(unread, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
-            token, q = self.sampling.draw(logits, self.generator)
+        for place in range(count):
+            token, q = self.sampling.draw(self.calls(unread, place)[:, -1], self.generator)
             unread = token[:, None]
             tokens.append(token)
             drawn_from.append(q)
@@ -60,15 +61,14 @@ class EarlyLayers:
     """The first layers of a model guess, from the very states that they have in its own cache."""
 
     def __init__(self, model: ZooForCausalLM, cache: ZooCache, layers: int, sampling: Sampling, generator):
-        self.target_cache = cache
-        self.model = early_exit(model, layers)
-        self.sampling, self.generator = sampling, generator
+        self.cache = cache
+        shorter = early_exit(model, layers)
+        self.draft = ModelDraft(shorter, ZooCache(cache.states[:layers], model=shorter), sampling, generator)
 
     def guess(self, texts, count):
-        first = self.target_cache.states[: len(self.model.model.layers)]
-        cache = ZooCache(first, self.target_cache.length, self.model)
-        guesses = ModelDraft(self.model, cache, self.sampling, self.generator).guess(texts, count)
-        cache.keep([0] * len(texts))  # the model reads them again, with all of its layers
+        self.draft.cache.length = self.cache.length
+        guesses = self.draft.guess(texts, count)
+        self.draft.cache.keep([0] * len(texts))  # the model reads them again, with all of its layers
         return guesses
 
     def settle(self, counts):
