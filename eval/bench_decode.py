@@ -106,6 +106,7 @@ def decode_point(
     seconds: dict[str, list[float]] = {mixer: [] for mixer in steps}
     memory, reads = torch.ones(READ), []
     for _ in range(turns):
+        memory.sum()  # the first read after a step over gigabytes is slow
         reads.append(timed(memory.sum))
         for mixer, step in steps.items():
             seconds[mixer].append(timed(lambda step=step: step(token)))

@@ -43,7 +43,8 @@ def draw_decoding(report: dict[str, Any], picture: Path) -> None:
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(lambda value, _: f"{value:,g}" if f"{value:.0e}"[0] in "15" else "")
         line[0].set_ylabel(label)
     contexts = sorted({row["context"] for row in report["decoding"]})
     for axes, batch in zip(panels[0], batches, strict=True):
