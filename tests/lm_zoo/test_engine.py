@@ -381,16 +381,28 @@ def test_refuses_impossible_prompts(served, prompt, sampling, error, message):
 
 
 def test_to_encode_a_long_prompt_holds_up_no_short_one(served):
-    with Engine(served(), TOKENIZER) as engine:
-        held = engine._encoders[1][1]  # as if a long one were being encoded
-        with held, ThreadPoolExecutor() as threads:
+    with Engine(served(), TOKENIZER) as engine, ThreadPoolExecutor() as threads:
+        with engine._encoders[1][1]:  # as if a long one were being encoded
             long = threads.submit(engine.submit, "a" * 2**17)
-            assert len(engine.submit("a", Sampling(max_tokens=1)).result().tokens) == 1
+            short = threads.submit(engine.submit, "a", Sampling(max_tokens=1))
+            assert len(short.result(20).result().tokens) == 1
             assert not long.done()
-            held.release()
-            with pytest.raises(PromptTooLong, match="the prompt has 131072 tokens"):
-                long.result()
-            held.acquire()
+        with pytest.raises(PromptTooLong, match="the prompt has 131072 tokens"):
+            long.result(20)
+
+
+@pytest.mark.parametrize("of", ["the tokenizer", "the model", "both"])
+def test_end_tokens(served, of):
+    model, tokenizer, (prompt,) = served(), byte_tokenizer(), prompts_of([9], low=32, high=127)
+    text = generated(model, prompt, 12)
+    end = next(token for n, token in enumerate(text) if n > 3 and token not in text[:n])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end) if of != "the model" else None
+    model.generation_config.eos_token_id = {"the tokenizer": None, "the model": end, "both": [end, 257]}[of]
+    with Engine(model, tokenizer) as engine:
+        found = engine.submit(prompt, Sampling(max_tokens=12, **GREEDY)).result()
+    assert list(found.tokens) == text[: text.index(end) + 1]
+    assert found.finish_reason == "stop"
+    assert found.text == TOKENIZER.decode(found.tokens[:-1])
 
 
 def test_an_empty_text_starts_where_a_document_does(served):
