@@ -186,7 +186,7 @@ def main() -> None:
             "answer": arguments.answer,
             "long": arguments.long,
         }
-        write_json(arguments.json, about | {"tokens_per_second": found})
+        write_json(arguments.json, about | {"measured": found})
 
 
 if __name__ == "__main__":
