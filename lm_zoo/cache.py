@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +83,13 @@ class ZooCache(Cache):
             state.begin()
         self._start = self.length
 
-    def keep(self, counts: list[int]) -> None:
+    def keep(self, counts: list[int], write: Callable[[list[int], int], None] | None = None) -> None:
         """Take back what was read since `record()`, or the last `keep`, but for the first `counts[n]` tokens of row n.
 
         The states are written again from where they were, by the keys, values and gates of the tokens that stay. Where
         the counts differ the rows are of different lengths from here on, and `length` is the longest one's.
+
+        write: what writes the states, in place of `state.keep(counts, read)` of each.
         """
         read = self.read_since_record
         if len(counts) != self.batch_size or not all(0 <= count <= read for count in counts):
@@ -94,8 +97,11 @@ class ZooCache(Cache):
                 f"counts must be {self.batch_size} numbers from 0 to {read}, the tokens read since record(), "
                 f"got {counts}"
             )
-        for state in self.states:
-            state.keep(counts, read)
+        if write is not None:
+            write(counts, read)
+        else:
+            for state in self.states:
+                state.keep(counts, read)
         self.length += max(counts) - read
         self.record()
 

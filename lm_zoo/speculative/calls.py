@@ -14,6 +14,7 @@ from torch import Tensor
 from lm_zoo.cache import ZooCache
 from lm_zoo.causal_lm import CausalLM
 from lm_zoo.decode import recordable
+from lm_zoo.layers import LayerState
 from lm_zoo.layers.journal import Call
 from lm_zoo.tape import Tape
 
@@ -32,12 +33,13 @@ class Calls:
     """Calls of a model with one cache that records.
 
         calls = Calls(model, cache)
-        cache.record()
+        calls.record()
         logits = calls(ids)                 # [B, T] -> [B, T, V]; overwritten by the next such call
-        logits = calls(ids, place=1)        # the second call since record()
+        logits = calls(ids)                 # any number of calls
+        calls.keep([1])                     # as ZooCache.keep; recorded, too
 
-    What a replayed call notes lies where it lay the last time, so every call between `record()` and `keep()` needs a
-    place of its own. Other lengths of ids, and other places, are other recordings.
+    What a replayed call notes lies where it lay the last time. So the first, second, .. call after `record()` are calls
+    of different kinds, each with its own recording, and so are calls of other lengths.
     """
 
     def __init__(self, model: CausalLM, cache: ZooCache):
@@ -45,12 +47,40 @@ class Calls:
         self.replays = model.device.type == "cpu" and recordable(model, cache)
         self._plain: Counter[tuple[int, int]] = Counter()
         self._recordings: dict[tuple[int, int], Recording] = {}
+        self._block: list[tuple[int, int] | None] = []  # the kinds of the calls since record(), None of plain ones
+        self._keeps: dict[tuple, Tape] = {}
+        self._nothing = torch.zeros(1)
 
-    def __call__(self, ids: Tensor, place: int = 0) -> Tensor:
-        kind = place, ids.shape[1]
+    def record(self) -> None:
+        self.cache.record()
+        self._block = []
+
+    def keep(self, counts: list[int]) -> None:
+        alike = len(set(counts)) == 1 and counts[0] < self.cache.read_since_record
+        self.cache.keep(counts, self._write if alike and self.replays and None not in self._block else None)
+        self._block = []
+
+    def _write(self, counts: list[int], total: int) -> None:
+        noted = [state for state in self.cache.states if state.journal is not None]
+        for state in self.cache.states:
+            if state.journal is None:
+                state.keep(counts, total)
+        kind = *self._block, counts[0]
+        with torch.inference_mode():
+            if kind in self._keeps:
+                self._keeps[kind](self._nothing)
+                return
+            tape = Tape(partial(_keep, noted, counts, total), self._nothing)
+        if tape.refusal is None:
+            self._keeps[kind] = tape
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        kind = len(self._block), ids.shape[1]
         if not self.replays or self._plain[kind] < WARM_UP:
             self._plain[kind] += 1
+            self._block.append(None)
             return self.model(ids, past_key_values=self.cache).logits
+        self._block.append(kind)
         length = self.cache.length
         with torch.inference_mode():
             recording = self._recordings.get(kind)
@@ -89,6 +119,12 @@ class Calls:
                 state.journal.before.update(note[0])
                 state.journal.calls += note[1]
         return x
+
+
+def _keep(states: list[LayerState], counts: list[int], total: int, x: Tensor) -> Tensor:
+    for state in states:
+        state.keep(counts, total)
+    return x
 
 
 def _in_turn(parts: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def speculate(
         while going:
             left = max_new_tokens - min(len(written[row]) for row in going)
             guesses, q = drafting.guess(texts, tokens) if left > 1 else (input_ids[:, :0], None)
-            cache.record()
+            calls.record()
             last = torch.tensor([text[-1:] for text in texts], device=guesses.device)
             logits = calls(torch.cat([last, guesses], dim=1))
             kept, following = accept(logits, guesses, q, sampling, generator)
@@ -116,7 +116,7 @@ def speculate(
                 if len(written[row]) == max_new_tokens or part[-1] in ends:
                     going.remove(row)
             rounds += 1
-            cache.keep(counts)
+            calls.keep(counts)
             if left > 1:
                 drafting.settle(counts)
     finally:

@@ -40,10 +40,10 @@ class ModelDraft:
 
     def guess(self, texts, count):
         unread = torch.tensor([text[-self.pending :] for text in texts], device=self.model.device)
-        self.cache.record()
+        self.calls.record()
         tokens, drawn_from = [], []
-        for place in range(count):
-            token, q = self.sampling.draw(self.calls(unread, place)[:, -1], self.generator)
+        for _ in range(count):
+            token, q = self.sampling.draw(self.calls(unread)[:, -1], self.generator)
             unread = token[:, None]
             tokens.append(token)
             drawn_from.append(q)
@@ -53,7 +53,7 @@ class ModelDraft:
     def settle(self, counts):
         # It has not read its last guess. Where that stays, its row has two tokens to read, and so has then every row.
         pending = 2 if max(counts) > self.guessed else 1
-        self.cache.keep([max(0, self.pending + count - pending) for count in counts])
+        self.calls.keep([max(0, self.pending + count - pending) for count in counts])
         self.pending = pending
 
 
@@ -68,7 +68,7 @@ class EarlyLayers:
     def guess(self, texts, count):
         self.draft.cache.length = self.cache.length
         guesses = self.draft.guess(texts, count)
-        self.draft.cache.keep([0] * len(texts))  # the model reads them again, with all of its layers
+        self.draft.calls.keep([0] * len(texts))  # the model reads them again, with all of its layers
         return guesses
 
     def settle(self, counts):
