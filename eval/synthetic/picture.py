@@ -16,7 +16,7 @@ def draw(content: dict[str, Any], picture: Path) -> None:
     Medians over the seeds, and all between.
     """
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-    from matplotlib.ticker import EngFormatter, ScalarFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, ScalarFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     scale = "linear" if content["against"] == "tests" else "log"
@@ -37,6 +37,7 @@ def draw(content: dict[str, Any], picture: Path) -> None:
         axes.margins(x=0.15)
     else:
         axes.set_xlabel("state: numbers kept of a text, over all layers")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
