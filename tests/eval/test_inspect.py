@@ -159,6 +159,7 @@ def test_a_position_limit_is_one_line(tmp_path, text, capsys):
 def test_bad_input_is_one_line(tmp_path, text, capsys, options, message):
     folder = save(zoo(MIXED), tmp_path / "model")
     command = ["eval", "inspect", str(folder), "--text", str(text), "--out", str(tmp_path / "out"), *options]
+    capsys.readouterr()  # what saving drew
     assert main(command) == 2
     error = capsys.readouterr().err
     assert message in error
