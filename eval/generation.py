@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lm_zoo.cache_files import load_cache, model_hash, save_cache
 from lm_zoo.causal_lm import CausalLM
 from lm_zoo.errors import UserError
 from lm_zoo.eval.report import check_writable
+from lm_zoo.speculative import speculate
 
 
 def generate(
@@ -28,6 +29,7 @@ def generate(
     max_tokens: int = 200,
     stream: TextIO | None = None,
     state: str | Path | None = None,
+    speculation: dict[str, Any] | None = None,
 ) -> str:
     """The prompt and its continuation, also written to `stream` word by word as it comes.
 
@@ -36,6 +38,7 @@ def generate(
     seed: of this call alone; the global generators are left as they were.
     state: a file to go on from, where there is one: the text is then that of earlier calls with the prompt at its end,
         of which the prompt and what follows are returned. The file then holds where this call stopped.
+    speculation: how `lm_zoo.speculative.speculate` guesses: {"draft": model}, {"lookup": 3} or {"early_layers": 2}.
     Raises ValueError for a prompt without tokens, and for options out of range.
     """
     if temperature < 0:
@@ -55,6 +58,25 @@ def generate(
             f"{before}prompt ({ids.shape[1]} tokens) and max_tokens ({max_tokens}) exceed the model's {limit} "
             "positions; shorten one of them"
         )
+    pad = _first_given(tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    streamer = None if stream is None else _Streamer(tokenizer, stream, shown)
+    cache = None if session is None else session.cache
+    if speculation is not None:
+        output = speculate(
+            model,
+            ids,
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            generator=torch.Generator(model.device).manual_seed(seed),
+            pad_token_id=pad,
+            past_key_values=cache,
+            streamer=streamer,
+            **speculation,
+        ).ids
+        if session is not None:
+            session.close(output[:, cache.length - past :])
+        return tokenizer.decode(output[0, shown:], skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     if temperature == 0:
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -66,10 +88,10 @@ def generate(
             ids,
             # With the tokens of the state: transformers then knows that `ids` are the new ones only.
             attention_mask=ids.new_ones(1, past + ids.shape[1]),
-            past_key_values=None if session is None else session.cache,
+            past_key_values=cache,
             max_new_tokens=max_tokens,
-            pad_token_id=_first_given(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
-            streamer=None if stream is None else _Streamer(tokenizer, stream, shown),
+            pad_token_id=pad,
+            streamer=streamer,
             **sampling,
         )
     if session is not None:

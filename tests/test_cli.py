@@ -228,6 +228,24 @@ class TestGenerate:
         self.run(saved, "--prompt", "cd", "--max-tokens", 6, "--state", state)
         assert capsys.readouterr().out.startswith("cd")
 
+    @pytest.mark.parametrize("way", ["--draft", "--lookup", "--early-layers"])
+    def test_guesses_do_not_change_the_text(self, saved, tmp_path, capsys, way):
+        guesses = way, saved if way == "--draft" else 1
+        self.run(saved, "--prompt", "ab", "--max-tokens", 12)
+        whole = capsys.readouterr().out
+        self.run(saved, "--prompt", "ab", "--max-tokens", 6, "--state", tmp_path / "state", *guesses)
+        out = capsys.readouterr().out
+        self.run(saved, "--max-tokens", 6, "--state", tmp_path / "state", *guesses)
+        assert out.rstrip("\n") + capsys.readouterr().out == whole
+
+    def test_refuses_a_draft_with_another_tokenizer(self, saved, model, refused):
+        tokenizer = (model / "tokenizer.json").read_text()
+        swapped = tokenizer.replace('"a":', '"?":').replace('"b":', '"a":').replace('"?":', '"b":')
+        assert swapped != tokenizer
+        (model / "tokenizer.json").write_text(swapped)
+        message = refused("generate", saved, "--prompt", "a", "--draft", model)
+        assert f"the draft in {model} has another tokenizer than the model in {saved}" in message
+
     def test_refuses_a_session_without_a_text(self, saved, tmp_path, refused):
         assert "give --prompt TEXT" in refused("generate", saved)
         assert "give --prompt TEXT" in refused("generate", saved, "--state", tmp_path / "absent")

@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=probability, default=0.95, help="nucleus sampling (default 0.95)")
     parser.add_argument("--seed", type=seed, default=0, help="same seed, same text (default 0)")
+    guesses = parser.add_mutually_exclusive_group()
+    guesses.add_argument(
+        "--draft", metavar="MODEL", type=Path, help="folder of a smaller model that guesses ahead, for speed"
+    )
+    guesses.add_argument(
+        "--lookup", metavar="N", type=positive, help="guess what followed the last N tokens where they stood before"
+    )
+    guesses.add_argument("--early-layers", metavar="N", type=positive, help="guess with the model's first N layers")
     parser.add_argument("--max-tokens", type=positive, default=200, metavar="N", help="(default 200)")
 
 
@@ -40,6 +48,15 @@ def run(arguments: argparse.Namespace) -> None:
     if prompt == "-":
         prompt = decode_utf8(sys.stdin.buffer.read(), "the prompt on standard input")
     model, tokenizer = load_model(arguments.model)
+    speculation = {"lookup": arguments.lookup, "early_layers": arguments.early_layers}
+    if arguments.draft is not None:
+        speculation["draft"], of_draft = load_model(arguments.draft)
+        if of_draft.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"the draft in {arguments.draft} has another tokenizer than the model in {arguments.model}; train the "
+                "draft with the model's tokenizer"
+            )
+    speculation = {way: value for way, value in speculation.items() if value is not None}
     if isinstance(model, CausalLM):
         pack_weights(model)
     generate(
@@ -52,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_tokens=arguments.max_tokens,
         stream=sys.stdout,
         state=state,
+        speculation=speculation or None,
     )
     if is_new:
         print(f"lm-zoo: {state} is new: the text began here", file=sys.stderr)
