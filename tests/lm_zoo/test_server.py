@@ -277,6 +277,10 @@ class TestBadInput:
             assert served.complete(max_tokens=2).choices[0].text == greedy(["Once"], 2)[0]
             assert httpx.get(f"{served.root}/health").status_code == 200
 
+    def test_a_client_that_sends_all_before_it_reads(self, served):
+        with connect(served, {"prompt": "a" * 20_000_000}) as client:
+            assert client.recv(100).startswith(b"HTTP/1.1 413")
+
     def test_a_full_queue(self):
         endless = {"prompt": "a", "max_tokens": 4096}
         with serving(max_batch=1, max_queue=1) as served, connect(served, endless):
