@@ -49,6 +49,7 @@ class Budget:
     learning_rates: tuple[float, ...]
     model: dict[str, Any] = field(default_factory=dict)  # options of ZooConfig, beside the file's
     hidden_sizes: tuple[int, ...] = (64,)
+    convolution: int | None = None  # tokens of a short convolution in front of every mixer
     layers: dict[str, int] = field(default_factory=dict)  # of a variant that wants another number than the model's
     seeds: int = 3
     batch_size: int = 32
@@ -99,7 +100,7 @@ class Run:
 
 OF_ONE_RUN = (
     *("train", "test", "batch_size", "steps", "epochs", "weight_decay", "warmup", "check_every", "stop_at"),
-    *("validation", "device"),
+    *("validation", "device", "convolution"),
 )
 
 
