@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_close
 from safetensors.torch import load_file
 
 from lm_zoo import ZooConfig, ZooForCausalLM
@@ -224,7 +225,11 @@ class TestGenerate:
         assert out.rstrip("\n") + more == whole
         found, expected = load_file(state), load_file(tmp_path / "whole")
         assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        for name in expected:  # a recorded step rounds otherwise than the plain ones that each run begins with
+            if expected[name].is_floating_point():
+                assert_close(found[name], expected[name], 1e-6)
+            else:
+                assert torch.equal(found[name], expected[name])
         self.run(saved, "--prompt", "cd", "--max-tokens", 6, "--state", state)
         assert capsys.readouterr().out.startswith("cd")
 
