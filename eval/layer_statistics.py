@@ -31,7 +31,8 @@ def layer_statistics(model: CausalLM, tokens: Tensor) -> list[dict[str, Any]]:
     """
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     cache = model.init_cache(1)
-    model(tokens, past_key_values=cache, logits_to_keep=1)
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled again, for one text
+        model(tokens, past_key_values=cache, logits_to_keep=1)
     layers = []
     for index, forgotten in forgotten_per_token(model, tokens).items():
         state = cache.states[index]
