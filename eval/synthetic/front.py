@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lm_zoo.kernels import causal_conv1d
@@ -14,8 +13,7 @@ from lm_zoo.modules.short_conv import ShortConvolution
 class ConvolutionFirst(Mixer):
     """y = mixer(conv(x)), the convolution over `size` tokens, of each channel by itself, without an activation.
 
-    Of three layers that differ in nothing but their mixers each then can bring a key to its value (zoology, Arora et
-    al. 2023, arXiv 2312.04927).
+    With it no mixer has to spend a layer on bringing a key to its value (zoology, Arora et al. 2023, arXiv 2312.04927).
     """
 
     def __init__(self, mixer: Mixer, hidden_size: int, size: int):
@@ -35,7 +33,6 @@ class ConvolutionFirst(Mixer):
         return self.mixer(x, state=state, cu_seqlens=cu_seqlens)
 
 
-@torch.no_grad()
 def put_convolutions_first(model: ZooForCausalLM, size: int) -> None:
     """In front of the mixer of every block of a new model."""
     for block in model.model.layers:

@@ -14,7 +14,7 @@ SIZES = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 2, "intermedi
 
 def model_with(mixer: str) -> ZooForCausalLM:
     torch.manual_seed(0)
-    model = ZooForCausalLM(ZooConfig(**SIZES, mixers={mixer: {"num_heads": 2}})).double()
+    model = ZooForCausalLM(ZooConfig(**SIZES, mixers={mixer: {"num_heads": 2}}))
     put_convolutions_first(model, 3)
     return model.double()
 

@@ -101,3 +101,15 @@ def tokens():
         return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
     return draw
+
+
+@pytest.fixture
+def served(make_model):
+    """A model of the bytes' vocabulary, in float64."""
+
+    def make(name: str = "gla", **options):
+        model = make_model(name, vocab_size=258, **options)
+        model.generation_config.suppress_tokens = None
+        return model
+
+    return make

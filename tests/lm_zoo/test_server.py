@@ -1,13 +1,10 @@
-"""The server by the eyes of its clients: the real `openai` package, raw sockets, and people who type commands."""
+"""The server by the eyes of its clients: the real `openai` package, and raw sockets."""
 
 import asyncio
-import importlib.util
 import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,34 +15,46 @@ import openai
 import pytest
 import torch
 import uvicorn
+from served_models import endless_tokenizer, tiny_model
 
-from lm_zoo import ZooConfig, ZooForCausalLM
-from lm_zoo.cli import main
 from lm_zoo.serving import Engine
 from lm_zoo.serving.app import create_app
 from lm_zoo.serving.server import Server, listen
 from lm_zoo.train.tokenizers import byte_tokenizer
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'x' %}{{ raise_exception('no x') }}{% endif %}"
-    "{% endfor %}<assistant>"
-)
 JSON = {"content-type": "application/json"}
-MIXERS = {"gla": {"num_heads": 2}, "local": {"type": "attention", "num_heads": 4, "window": 5}}
-
-
-def tiny_model() -> ZooForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "initializer_range": 0.3}
-    return ZooForCausalLM(ZooConfig(**sizes, mixers=MIXERS, pattern=["gla", "local"])).double().eval()
-
-
-def endless_tokenizer():
-    """Without an end token, so that texts are as long as is asked for; with a template for chats."""
-    tokenizer = byte_tokenizer()
-    tokenizer.eos_token = None
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+BAD = [
+    (b'{"model": "tiny", ', 400, "the body is not JSON"),
+    (b"", 400, "Field required"),
+    (b"[" * 100_000, 400, "error parsing the body"),
+    (b"[1]", 400, "the body must be a JSON object"),
+    (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "the prompt is not Unicode text"),
+    (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature must be"),
+    ({"prompt": "a", "temperature": -1}, 400, "temperature must be from 0 to 1e+06, got -1"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
+    ({"prompt": "a", "top_p": 0}, 400, "top_p must be above 0"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens must be from 1"),
+    ({"prompt": "a", "max_tokens": 5000}, 400, "max_tokens must be at most 4096 here, got 5000"),
+    ({"prompt": "a", "n": 0}, 400, "n must be from 1 to 128, got 0"),
+    ({"prompt": ["a"] * 65, "n": 2}, 400, "n times the number of prompts"),
+    ({"prompt": "a", "stop": ["", "b"]}, 400, "stop must be"),
+    ({"prompt": "a", "frequency_penalty": 0.5}, 400, "'frequency_penalty' is not supported here; leave it out"),
+    ({"prompt": {"a": 1}}, 400, "prompt: must be a string, a list of token ids"),
+    ({"prompt": []}, 400, "prompt: must be"),
+    ({"prompt": [999]}, 400, "token ids must be integers from 0 to 257, got 999"),
+    ({}, 400, "prompt: Field required"),
+    ({"prompt": "a" * 3001}, 400, "the prompt has 3001 tokens, and at most 3000 are taken"),
+    ({"prompt": "a" * 10_000_000}, 413, "the body is larger than"),
+    ({"model": "gpt-4", "prompt": "a"}, 404, "no model 'gpt-4' here, but 'tiny'"),
+]
+BAD_CHATS = [
+    ({"messages": []}, 400, "messages: must hold at least one message"),
+    ({"messages": [{"content": "a"}]}, 400, "messages.0.role: Field required"),
+    ({"messages": [{"role": "x", "content": "a"}]}, 400, "chat template refuses these messages: no x"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "'tools' is not supported here"),
+    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
+]
 
 
 class Served:
@@ -206,40 +215,6 @@ class TestProtocol:
         assert "has no chat template; use completions" in answer.json()["error"]["message"]
 
 
-BAD = [
-    (b'{"model": "tiny", ', 400, "the body is not JSON"),
-    (b"", 400, "Field required"),
-    (b"[" * 100_000, 400, "error parsing the body"),
-    (b"[1]", 400, "the body must be a JSON object"),
-    (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "the prompt is not Unicode text"),
-    (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature must be"),
-    ({"prompt": "a", "temperature": -1}, 400, "temperature must be from 0 to 1e+06, got -1"),
-    ({"prompt": "a", "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
-    ({"prompt": "a", "top_p": 0}, 400, "top_p must be above 0"),
-    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens must be from 1"),
-    ({"prompt": "a", "max_tokens": 5000}, 400, "max_tokens must be at most 4096 here, got 5000"),
-    ({"prompt": "a", "n": 0}, 400, "n must be from 1 to 128, got 0"),
-    ({"prompt": ["a"] * 65, "n": 2}, 400, "n times the number of prompts"),
-    ({"prompt": "a", "stop": ["", "b"]}, 400, "stop must be"),
-    ({"prompt": "a", "frequency_penalty": 0.5}, 400, "'frequency_penalty' is not supported here; leave it out"),
-    ({"prompt": {"a": 1}}, 400, "prompt: must be a string, a list of token ids"),
-    ({"prompt": []}, 400, "prompt: must be"),
-    ({"prompt": [999]}, 400, "token ids must be integers from 0 to 257, got 999"),
-    ({}, 400, "prompt: Field required"),
-    ({"prompt": "a" * 3001}, 400, "the prompt has 3001 tokens, and at most 3000 are taken"),
-    ({"prompt": "a" * 10_000_000}, 413, "the body is larger than"),
-    ({"model": "gpt-4", "prompt": "a"}, 404, "no model 'gpt-4' here, but 'tiny'"),
-]
-BAD_CHATS = [
-    ({"messages": []}, 400, "messages: must hold at least one message"),
-    ({"messages": [{"content": "a"}]}, 400, "messages.0.role: Field required"),
-    ({"messages": [{"role": "x", "content": "a"}]}, 400, "chat template refuses these messages: no x"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "'tools' is not supported here"),
-    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
-]
-
-
 class TestBadInput:
     @pytest.mark.parametrize(("body", "status", "message"), BAD)
     def test_completions(self, served, body, status, message):
@@ -386,63 +361,3 @@ class TestEnd:
                 list(stream)
             served.thread.join(20)
             assert not served.thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A saved model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().float().save_pretrained(folder)
-    endless_tokenizer().save_pretrained(folder)
-    return folder
-
-
-class TestCommand:
-    def refuse(self, capsys, *arguments) -> str:
-        assert main(["serve", *map(str, arguments)]) == 2
-        out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == ("", 1), err
-        return err
-
-    def test_a_port_in_use(self, folder, capsys):
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            port = other.getsockname()[1]
-            error = self.refuse(capsys, folder, "--port", port)
-        assert error == f"lm-zoo: error: port {port} of 127.0.0.1 is in use; name another one with --port\n"
-
-    def test_without_the_extra(self, folder, capsys, monkeypatch):
-        find = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else find(name, *rest)
-        )
-        assert 'pip install "lm_zoo[serve]"' in self.refuse(capsys, folder)
-
-    @pytest.mark.parametrize(
-        ("options", "expected"),
-        [
-            (["--port", "65536"], "'65536' is not a port"),
-            (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1"),
-            (["--api-key", " "], "the API key is empty"),
-            (["--max-batch", "0"], "'0' is not a whole number of at least 1"),
-            (["--port", "0", "--prefix-store", "much"], "budget must be a number of bytes or a string such as"),
-        ],
-    )
-    def test_impossible_options(self, folder, capsys, options, expected):
-        assert expected in self.refuse(capsys, folder, *options)
-
-    def test_no_model(self, tmp_path, capsys):
-        assert "no model folder" in self.refuse(capsys, tmp_path / "none")
-
-    @pytest.mark.slow
-    def test_from_the_command_to_the_signal(self, folder):
-        command = [sys.executable, "-m", "lm_zoo.cli", "serve", str(folder), "--port", "0", "--prefix-store", "1MB"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            line = process.stderr.readline()
-            root = re.fullmatch(r"lm-zoo: tiny at (http://127\.0\.0\.1:\d+/v1)\n", line)[1]
-            client = openai.OpenAI(base_url=root, api_key="none", max_retries=0)
-            stream = client.completions.create(model="tiny", prompt="Once", max_tokens=1000, stream=True)
-            next(stream)
-            process.send_signal(signal.SIGTERM)
-            assert list(stream)[-1].choices[0].finish_reason == "length"
-            assert process.wait(20) == 0
-            assert process.stderr.read() == ""
