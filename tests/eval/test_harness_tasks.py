@@ -4,11 +4,13 @@ import importlib.util
 import json
 import logging
 import os
+import random
 import re
 import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -149,9 +151,13 @@ def test_limit_and_examples_before_the_question(tasks):
 
 
 def test_evaluating_leaves_the_global_generators_alone(tasks):
-    before = torch.get_rng_state()
-    harness(zoo(), byte_tokenizer(), ["own_writing"], include_path=tasks, limit=2)
-    assert torch.equal(before, torch.get_rng_state())
+    model = zoo()  # seeds the generator itself
+    torch.rand(3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    harness(model, byte_tokenizer(), ["own_writing"], include_path=tasks, limit=2)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert np.array_equal(before[2], np.random.get_state()[1])  # noqa: NPY002
 
 
 def test_command_prints_a_line_per_metric_and_writes_json(tasks, saved, tmp_path, capsys):
