@@ -32,8 +32,8 @@ class LowerBounds(nn.Module):
 def bounded_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""log f and 1 - f of the forget gate f = gamma + (1 - gamma) sigmoid(z), in float32 at least.
 
-    gamma is 0 if not given. Neither is made from the other: 1 - f keeps its digits where f is nearly 1, and log f where
-    f is nearly 0.
+    gamma is 0 if not given. 1 - f keeps its digits where f is nearly 1, and log f where f is nearly 0. Above one half
+    log f is made from 1 - f: the other way rounds to as far as 6e-8 above 0, which no decay may be.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if bound is None:
@@ -41,4 +41,6 @@ def bounded_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     bound = bound.to(z)
     tiny = torch.finfo(z.dtype).tiny  # in place of 0, whose logarithm would have a gradient of NaN
     low, rest = bound.clamp(min=tiny).log(), (1 - bound).clamp(min=tiny)
-    return torch.logaddexp(low, rest.log() + F.logsigmoid(z)), rest * torch.sigmoid(-z)
+    shrink = rest * torch.sigmoid(-z)
+    log_f = torch.logaddexp(low, rest.log() + F.logsigmoid(z))
+    return torch.where(shrink < 0.5, torch.log1p(-shrink.clamp(max=0.5)), log_f), shrink
