@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.checks import check_input, check_positive, check_size
 from lm_zoo.layers.kv_state import key_values, softmax_attention
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.rotary import rotary, token_positions
 
 
@@ -70,6 +71,9 @@ class SoftmaxAttention(Mixer):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=False)
         self.o_proj = nn.Linear(num_heads * head_size, hidden_size, bias=False)
+
+    def cut(self) -> Cut:
+        return Cut(columns=("q_proj", "k_proj", "v_proj"), counts=("num_heads", "num_kv_heads"))
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)

@@ -13,6 +13,7 @@ from lm_zoo.kernels import linear_attention, linear_attention_step
 from lm_zoo.kernels.sequence_parallel import active_group
 from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.journal import Call, Journal, keep
+from lm_zoo.modules.cut import Cut
 
 FEW = 16  # rows in a row that take the recurrent step: fewer than a chunk, and the arithmetic of decoding
 
@@ -148,6 +149,7 @@ class Mixer(nn.Module):
     decay: ClassVar[str]
     update: ClassVar[str]
     _shared: tuple[nn.Module | None] = (None,)
+    rank, ranks = 0, 1  # this one, and how many share the heads as `cut` says
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -157,6 +159,14 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def cut(self) -> Cut | None:
+        """How ranks share the layer, each with a part of its heads; `None`: each of them computes all of it."""
+        return None
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's part of what has all heads, or their channels, in its last dimension."""
+        return x if self.ranks == 1 else x.chunk(self.ranks, dim=-1)[self.rank]
 
     def shared_over_depth(self, num_layers: int) -> nn.Module | None:
         """A new module for all layers of this kind in a model of `num_layers` to share, `None` if they need nothing."""

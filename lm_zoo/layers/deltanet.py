@@ -9,6 +9,7 @@ from lm_zoo.kernels import l2_norm
 from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_positive, check_size, head_size
 from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
 
@@ -74,6 +75,11 @@ class DeltaNet(QKVMixer):
         self.gate_proj = nn.Linear(hidden_size, values, bias=False) if use_gate else None
         self.norm = RMSNorm(self.value_size, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
+
+    def cut(self) -> Cut:
+        keys, values = self.num_heads * self.key_size, self.num_heads * self.value_size
+        columns = ("q_proj", "k_proj", "v_proj", "beta_proj", "gate_proj")
+        return Cut(columns, sections={"conv": (keys, keys, values)}, counts=("num_heads", "conv.channels"))
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)

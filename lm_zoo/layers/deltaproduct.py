@@ -12,6 +12,7 @@ from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size, head_size
 from lm_zoo.layers.deltanet import write_strength
 from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.decay import SoftplusDecay
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
@@ -91,6 +92,16 @@ class DeltaProduct(QKVMixer):
             self.gate_proj = nn.Linear(hidden_size, values, bias=False)
         self.norm = RMSNorm(self.value_size, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
+
+    def cut(self) -> Cut:
+        """The maps of all steps are one matrix each, so every rank holds these."""
+        n, keys, values = self.num_householders, self.num_heads * self.key_size, self.num_heads * self.value_size
+        steps = {"k_proj": n * (keys,), "v_proj": n * (values,), "beta_proj": n * (self.num_heads,)}
+        return Cut(
+            columns=("q_proj", "decay_proj", "log_decay", "gate_proj"),
+            sections=steps | {"conv": (keys, *n * (keys,), *n * (values,))},
+            counts=("num_heads", "conv_sizes", "conv.channels"),
+        )
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_positive, check_size, head_size
 from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.norm import RMSNorm
 
 
@@ -66,6 +67,9 @@ class GatedLinearAttention(QKVMixer):
         self.gate_proj = nn.Linear(hidden_size, values, bias=False)
         self.norm = RMSNorm(self.value_size, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
+
+    def cut(self) -> Cut:
+        return Cut(columns=("q_proj", "k_proj", "v_proj", "decay_proj.1", "gate_proj"))
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)

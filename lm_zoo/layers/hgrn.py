@@ -10,6 +10,7 @@ from lm_zoo.kernels.linear_scan import linear_scan, linear_scan_step
 from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.checks import check_flag, check_index, check_input, check_positive, check_size
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.init import fill_
 from lm_zoo.modules.lower_bounds import LowerBounds, bounded_gate
 from lm_zoo.modules.norm import RMSNorm
@@ -71,18 +72,24 @@ class HGRN(Mixer):
             channels = torch.arange(self.hidden_size, device=self.theta.device, dtype=torch.float32)
             fill_(self.theta, 10000.0 ** (-2 / self.hidden_size * channels))
 
+    def cut(self) -> Cut | None:
+        """Channel by channel; complex numbers, whose parts lie apart, are not cut."""
+        columns = ("f_proj", "i_proj", "gate_proj", "norm")
+        return None if self.complex else Cut(columns, norms=("norm",), counts=())
+
     def shared_over_depth(self, num_layers: int) -> LowerBounds:
         return LowerBounds(num_layers, self.hidden_size)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)
         dtype = torch.promote_types(dtype, torch.complex64 if self.complex else torch.float32)
-        return LayerState({"h": torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype)})
+        channels = self.hidden_size // self.ranks
+        return LayerState({"h": torch.zeros(batch_size, channels, device=device, dtype=dtype)})
 
     def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         check_input(x, self.hidden_size, state, cu_seqlens)
         z, i, gate = self.f_proj(x), F.silu(self.i_proj(x)), self.gate_proj(x)
-        log_f, write = bounded_gate(z, None if self.shared is None else self.shared(self.layer_index))
+        log_f, write = bounded_gate(z, None if self.shared is None else self.own(self.shared(self.layer_index)))
         f = log_f.exp()
         if not self.complex:
             h = scan(write * i, f, state, cu_seqlens)

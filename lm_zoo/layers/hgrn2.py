@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lm_zoo.layers.base import LayerState, Mixer, recur, recurrent_state
 from lm_zoo.layers.checks import check_index, check_input, check_positive, check_size
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.lower_bounds import LowerBounds, bounded_gate
 from lm_zoo.modules.norm import RMSNorm
 
@@ -51,6 +52,7 @@ class HGRN2(Mixer):
             raise ValueError(f"num_heads = {num_heads} does not divide hidden_size = {hidden_size}: change one of them")
         self.hidden_size = hidden_size
         self.num_heads = num_heads
+        self.head_size = hidden_size // num_heads
         self.layer_index = layer_index
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.f_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -58,18 +60,21 @@ class HGRN2(Mixer):
         self.norm = RMSNorm(hidden_size, eps=norm_eps)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
+    def cut(self) -> Cut:
+        return Cut(columns=("q_proj", "f_proj", "i_proj", "norm"), norms=("norm",))
+
     def shared_over_depth(self, num_layers: int) -> LowerBounds:
         return LowerBounds(num_layers, self.hidden_size)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)
-        size = self.hidden_size // self.num_heads
-        return LayerState({"S": recurrent_state(batch_size, self.num_heads, size, size, device, dtype)})
+        S = recurrent_state(batch_size, self.num_heads, self.head_size, self.head_size, device, dtype)
+        return LayerState({"S": S})
 
     def forward(self, x: Tensor, *, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         check_input(x, self.hidden_size, state, cu_seqlens)
         q, z, i = F.silu(self.q_proj(x)), self.f_proj(x), self.i_proj(x)
-        log_f, k = bounded_gate(z, None if self.shared is None else self.shared(self.layer_index))
+        log_f, k = bounded_gate(z, None if self.shared is None else self.own(self.shared(self.layer_index)))
         q, k, i, log_f = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k.to(q.dtype), i, log_f))
         o = recur(q, k, i, log_f, scale=1.0, state=state, cu_seqlens=cu_seqlens)
         return self.o_proj(self.norm(o.flatten(2)))

@@ -10,6 +10,7 @@ from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_positive, check_size
 from lm_zoo.layers.deltanet import write_strength
 from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.decay import SoftplusDecay
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
@@ -79,6 +80,11 @@ class KimiDeltaAttention(QKVMixer):
         self.gate_proj = low_rank(hidden_size, head_size, channels)
         self.norm = RMSNorm(head_size, eps=norm_eps)
         self.o_proj = nn.Linear(channels, hidden_size, bias=False)
+
+    def cut(self) -> Cut:
+        columns = ("q_proj", "k_proj", "v_proj", "decay_proj.1", "log_decay", "beta_proj", "gate_proj.1")
+        sections = {"conv": 3 * (self.num_heads * self.head_size,)}
+        return Cut(columns, sections=sections, counts=("num_heads", "conv.channels"))
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lm_zoo.layers.base import LayerState, recurrent_state
 from lm_zoo.layers.checks import channels_per_head, check_positive, check_size
 from lm_zoo.layers.prefix import PrefixMixer, recur_prefix
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.log_sum_exp import running_log_sum_exp
 from lm_zoo.modules.norm import RMSNorm
 
@@ -78,6 +79,9 @@ class LightNet(PrefixMixer):
         )
         self.norm = RMSNorm(channels, eps=norm_eps)
         self.o_proj = nn.Linear(channels, hidden_size, bias=False)
+
+    def cut(self) -> Cut:
+        return Cut(columns=("q_proj", "k_proj", "v_proj", "gate_proj.1", "norm"), norms=("norm",))
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LightNetState:
         device, dtype = self._placement(device, dtype)

@@ -10,6 +10,7 @@ from lm_zoo.kernels.checks import check_option
 from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import channels_per_head, check_flag, check_index, check_positive, check_size
 from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.rotary import LearnedRotary, advance, token_positions
 
@@ -82,6 +83,9 @@ class LightningAttention(QKVMixer):
         self.norm = RMSNorm(channels, eps=norm_eps)
         self.o_proj = nn.Linear(channels, hidden_size, bias=False)
 
+    def cut(self) -> Cut:
+        return Cut(columns=("q_proj", "k_proj", "v_proj", "gate_proj", "lrpe", "norm"), norms=("norm",))
+
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)
         keys = self.head_size if self.lrpe is None else 2 * self.head_size
@@ -92,10 +96,11 @@ class LightningAttention(QKVMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """-s, `[H]`: computed, since a buffer would be rounded by `model.bfloat16()`."""
-        h = torch.arange(1, self.num_heads + 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        heads = self.ranks * self.num_heads
+        h = torch.arange(1, heads + 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         # The two 1e-5 are the authors': the last layer still forgets a little, and a single layer divides by no zero.
         depth = 1 - self.layer_index / (self.num_layers - 1 + 1e-5) + 1e-5
-        return -depth * torch.exp2(-8 * h / self.num_heads)
+        return self.own(-depth * torch.exp2(-8 * h / heads))
 
     @classmethod
     def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_positive, check_size
 from lm_zoo.layers.prefix import PrefixMixer, recur_prefix
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.feature_maps import FEATURE_MAPS
 from lm_zoo.modules.norm import RMSNorm
 
@@ -87,6 +88,9 @@ class LinearAttention(PrefixMixer):
         self.k_map = FEATURE_MAPS[feature_map](num_heads, head_size)
         self.norm = None if denominator else RMSNorm(self.value_size, eps=norm_eps)
         self.o_proj = nn.Linear(num_heads * value_size, hidden_size, bias=False)
+
+    def cut(self) -> Cut:
+        return Cut(columns=("q_proj", "k_proj", "v_proj", "q_map", "k_map"))
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)

@@ -10,6 +10,7 @@ from lm_zoo.kernels import selective_scan, selective_scan_step
 from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, Mixer
 from lm_zoo.layers.checks import check_input, check_positive, check_size
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.init import fill_
 from lm_zoo.modules.short_conv import ShortConvolution
 
@@ -82,6 +83,16 @@ class Mamba(Mixer):
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         dt = torch.empty(self.channels, **place).uniform_(math.log(0.001), math.log(0.1)).exp()
         fill_(self.dt_proj.bias, dt + (-torch.expm1(-dt)).log())  # the inverse of softplus, exact also for small dt
+
+    def cut(self) -> Cut:
+        """Channel by channel; every rank holds all of W_in, and r, B and C are summed over the ranks."""
+        return Cut(
+            columns=("conv", "dt_proj", "A_log", "D"),
+            row="out_proj",
+            sections={"in_proj": (self.channels, self.channels)},
+            sums=("x_proj",),
+            counts=("channels", "conv.channels"),
+        )
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)

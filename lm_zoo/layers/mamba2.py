@@ -10,6 +10,7 @@ from lm_zoo.layers.along_time import along_time
 from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_input, check_positive, check_size, expanded
 from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.decay import SoftplusDecay, running_sign, stretched
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
@@ -98,6 +99,17 @@ class Mamba2(QKVMixer):
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.D)
+
+    def cut(self) -> Cut | None:
+        """By groups, whose heads share B, C and the norm; one group is not cut. Every rank holds all of W_in."""
+        if self.num_groups == 1:
+            return None
+        return Cut(
+            columns=("log_decay", "D", "norm"),
+            row="out_proj",
+            sections={"in_proj": (self.inner_sizes[0], *self.inner_sizes, self.num_heads), "conv": self.inner_sizes},
+            counts=("num_groups", "num_heads", "inner_sizes", "conv.channels", "norm.groups"),
+        )
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)

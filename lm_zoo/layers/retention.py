@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_positive, check_size, head_size
 from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.rotary import advance, rotary, token_positions
 
@@ -67,6 +68,9 @@ class MultiScaleRetention(QKVMixer):
         self.norm = RMSNorm(self.value_size, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
 
+    def cut(self) -> Cut:
+        return Cut(columns=("q_proj", "k_proj", "v_proj", "gate_proj"))
+
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)
         shape = (batch_size, self.num_heads, self.key_size, self.value_size)
@@ -76,7 +80,8 @@ class MultiScaleRetention(QKVMixer):
     def log_decay(self, x: Tensor) -> Tensor:
         """log g_h, `[H]`: computed, since a buffer would be rounded by `model.bfloat16()`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return torch.log1p(-torch.exp2(-5.0 - torch.arange(self.num_heads, device=x.device, dtype=dtype)))
+        h = torch.arange(self.ranks * self.num_heads, device=x.device, dtype=dtype)
+        return self.own(torch.log1p(-torch.exp2(-5.0 - h)))
 
     @classmethod
     def sizes(cls, hidden_size: int, num_heads: int, head_size: int) -> dict[str, Any]:
