@@ -10,6 +10,7 @@ from lm_zoo.layers.base import LayerState, recur, recurrent_state
 from lm_zoo.layers.checks import check_flag, check_positive, check_size, head_size
 from lm_zoo.layers.deltanet import write_strength
 from lm_zoo.layers.qkv import QKVMixer
+from lm_zoo.modules.cut import Cut
 from lm_zoo.modules.decay import SoftplusDecay
 from lm_zoo.modules.norm import RMSNorm
 from lm_zoo.modules.short_conv import ShortConvolution
@@ -82,6 +83,12 @@ class GatedDeltaNet(QKVMixer):
         self.gate_proj = nn.Linear(hidden_size, values, bias=False)
         self.norm = RMSNorm(self.value_size, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
+
+    def cut(self) -> Cut:
+        keys, values = self.num_heads * self.key_size, self.num_value_heads * self.value_size
+        columns = ("q_proj", "k_proj", "v_proj", "decay_proj", "log_decay", "beta_proj", "gate_proj")
+        counts = ("num_heads", "num_value_heads", "conv.channels")
+        return Cut(columns, sections={"conv": (keys, keys, values)}, counts=counts)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> LayerState:
         device, dtype = self._placement(device, dtype)
