@@ -13,6 +13,7 @@ Run by scripts/quickstart.sh, which sets everything up first.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import statistics
 import sys
@@ -56,7 +57,11 @@ CONTEXTS = (128, 4096)
 PROMPT = 'class Reader:\n    """Read lines from a file.\n\n'
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(arguments)
     start = time.monotonic()
     logging.disable_progress_bar()
     try:

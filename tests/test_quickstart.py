@@ -1,5 +1,6 @@
 """What the quickstart asks for exists, and what it shows of a linearization is what the report says."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,20 @@ def scripts(monkeypatch):
     import quickstart_report
 
     return quickstart, quickstart_report
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--steps", 2)])
+def test_it_takes_no_arguments_and_starts_nothing_with_one(argument, code) -> None:
+    done = subprocess.run(["bash", SCRIPTS / "quickstart.sh", argument], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert ("bash scripts/quickstart.sh" in done.stdout) == (code == 0)
+    assert ("got --steps" in done.stderr) == (code == 2)
+
+
+def test_the_script_itself_refuses_arguments(scripts, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        scripts[0].main(["--steps", "3"])
+    assert "unrecognized arguments: --steps 3" in capsys.readouterr().err
 
 
 def test_its_transformer_can_be_linearized_as_it_asks(scripts) -> None:
