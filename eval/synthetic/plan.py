@@ -49,7 +49,8 @@ class Budget:
     learning_rates: tuple[float, ...]
     model: dict[str, Any] = field(default_factory=dict)  # options of ZooConfig, beside the file's
     hidden_sizes: tuple[int, ...] = (64,)
-    convolution: int | None = None  # tokens of a short convolution in front of every mixer
+    convolution: int | None = None  # its tokens; every other block, from the first, is then a `GatedConvolution`
+    whole: tuple[str, ...] = ()  # variants that keep their mixer in every block even so
     layers: dict[str, int] = field(default_factory=dict)  # of a variant that wants another number than the model's
     seeds: int = 3
     batch_size: int = 32
@@ -122,6 +123,8 @@ class Plan:
 
     def run(self, mixer: str, hidden_size: int, learning_rate: float, seed: int) -> Run:
         training = {key: getattr(self.budget, key) for key in OF_ONE_RUN}
+        if mixer.partition(":")[0] in self.budget.whole:
+            training["convolution"] = None
         options = {"type": mixer} | self.mixers[mixer]
         model = self.model | self.budget.model
         if mixer in self.budget.layers:

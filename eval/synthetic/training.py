@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lm_zoo.causal_lm import IGNORE
-from lm_zoo.eval.synthetic.front import put_convolutions_first
+from lm_zoo.eval.synthetic.front import put_convolutions_between
 from lm_zoo.eval.synthetic.plan import Run
 from lm_zoo.eval.synthetic.task import Examples
 from lm_zoo.model import ZooForCausalLM
@@ -31,7 +31,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model = ZooForCausalLM(run.config())
     if (size := run.training["convolution"]) is not None:
-        put_convolutions_first(model, size)
+        put_convolutions_between(model, size)
     steps = total_steps(run.training)
     learner = Learner(model, run, steps)
     batches = DataLoader(Batches(run), batch_size=None)

@@ -34,6 +34,7 @@ class GatedDeltaNet(QKVMixer):
         expand_k, expand_v: width of the keys and of the values over all heads, relative to D.
         conv_size: tokens that the convolution sees.
         allow_negative_eigenvalues: b = 2 sigmoid(W_b x) (Grazzi et al. 2024, arXiv 2411.12537), see `DeltaNet`.
+        use_gate: without it y_t = W_o norm(o_t), an option of the authors' code.
         norm_eps: epsilon of the norm of the heads.
 
     The state is one float32 matrix `[B, HV, K, V]` and the last inputs of the convolution, whatever the length of the
@@ -55,6 +56,7 @@ class GatedDeltaNet(QKVMixer):
         expand_v: float = 1.5,
         conv_size: int = 4,
         allow_negative_eigenvalues: bool = False,
+        use_gate: bool = True,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
@@ -65,6 +67,7 @@ class GatedDeltaNet(QKVMixer):
         if num_value_heads % num_heads:
             raise ValueError(f"num_value_heads must be a multiple of num_heads = {num_heads}, got {num_value_heads}")
         check_flag("allow_negative_eigenvalues", allow_negative_eigenvalues)
+        check_flag("use_gate", use_gate)
         check_positive("norm_eps", norm_eps)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -80,7 +83,7 @@ class GatedDeltaNet(QKVMixer):
         self.decay_proj = nn.Linear(hidden_size, num_value_heads, bias=False)
         self.log_decay = SoftplusDecay(num_value_heads, rates=(0.0, 16.0))
         self.beta_proj = nn.Linear(hidden_size, num_value_heads, bias=False)
-        self.gate_proj = nn.Linear(hidden_size, values, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, values, bias=False) if use_gate else None
         self.norm = RMSNorm(self.value_size, eps=norm_eps)
         self.o_proj = nn.Linear(values, hidden_size, bias=False)
 
@@ -107,8 +110,9 @@ class GatedDeltaNet(QKVMixer):
         qkv = torch.cat([q, k, v], dim=-1)
         qk, v = self.conv(qkv, state, cu_seqlens).tensor_split((2 * self.num_heads * self.key_size,), dim=-1)
         q, k = l2_norm(qk.unflatten(-1, (2 * self.num_heads, -1))).chunk(2, dim=2)
-        v, gate = (values.unflatten(-1, (self.num_value_heads, -1)) for values in (v, self.gate_proj(x)))
+        v = v.unflatten(-1, (self.num_value_heads, -1))
         log_decay = self.log_decay(self.decay_proj(x))
         beta = write_strength(self.beta_proj(x), self.allow_negative_eigenvalues)
         o = recur(q, k, v, log_decay, beta, state=state, cu_seqlens=cu_seqlens)
+        gate = None if self.gate_proj is None else self.gate_proj(x).unflatten(-1, (self.num_value_heads, -1))
         return self.norm(o, gate).flatten(2)

@@ -1,4 +1,4 @@
-"""The convolution that recall tasks have in front of every mixer."""
+"""The gated convolution that takes turns with the mixer in recall tasks."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from compare import assert_close
 
 from lm_zoo import ZooConfig, ZooForCausalLM
-from lm_zoo.eval.synthetic.front import put_convolutions_first
+from lm_zoo.eval.synthetic.front import GatedConvolution, put_convolutions_between
 from lm_zoo.eval.synthetic.training import state_elements
+from lm_zoo.layers import GatedLinearAttention
 
 SIZES = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 0}
 
@@ -15,7 +16,7 @@ SIZES = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 2, "intermedi
 def model_with(mixer: str) -> ZooForCausalLM:
     torch.manual_seed(0)
     model = ZooForCausalLM(ZooConfig(**SIZES, mixers={mixer: {"num_heads": 2}}))
-    put_convolutions_first(model, 3)
+    put_convolutions_between(model, 3)
     return model.double()
 
 
@@ -30,17 +31,25 @@ def test_any_split_of_a_text_gives_the_same(mixer):
     assert_close(torch.cat(pieces, dim=1), whole, 1e-10)
 
 
-def test_it_convolves_the_input_of_the_mixer():
-    model = model_with("gla")
-    block = model.model.layers[0].mixer
+def test_a_gated_convolution_is_its_equation():
+    layer = model_with("gla").model.layers[0].mixer
     x = torch.randn(1, 7, 32, dtype=torch.float64)
-    mixed = F.conv1d(F.pad(x.mT, (2, 0)), block.conv.weight[:, None], groups=32).mT
-    assert_close(block(x), block.mixer(mixed), 1e-12)
+    mixed = F.conv1d(F.pad(x.mT, (2, 0)), layer.conv.weight[:, None], layer.conv.bias, groups=32).mT
+    assert_close(layer(x), x + mixed * (x @ layer.proj.weight.T + layer.proj.bias), 1e-12)
+
+
+def test_blocks_take_turns_from_the_first():
+    torch.manual_seed(0)
+    model = ZooForCausalLM(ZooConfig(**SIZES | {"num_hidden_layers": 3}, mixers={"gla": {"num_heads": 2}}))
+    put_convolutions_between(model, 3)
+    assert [type(block.mixer) for block in model.model.layers] == [
+        GatedConvolution,
+        GatedLinearAttention,
+        GatedConvolution,
+    ]
+    assert model.model.layers[2].mixer.proj.weight.std() < 2 * model.config.initializer_range
 
 
 def test_its_inputs_count_as_state():
-    torch.manual_seed(0)
-    model = ZooForCausalLM(ZooConfig(**SIZES, mixers={"gla": {"num_heads": 2}}))
-    without = state_elements(model, 8)
-    put_convolutions_first(model, 3)
-    assert state_elements(model, 8) == without + 2 * 32 * (3 - 1)
+    model = model_with("gla")
+    assert state_elements(model.float(), 8) == 2 * 8 * 16 + 32 * (3 - 1)

@@ -74,16 +74,18 @@ def test_deltanet_is_its_equation(x, factor, use_gate):
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-@pytest.mark.parametrize("value_heads", [2, 6])
-def test_gated_deltanet_is_its_equation(x, factor, value_heads):
-    layer = build(GatedDeltaNet, D, H, num_value_heads=value_heads, allow_negative_eigenvalues=factor == 2)
+@pytest.mark.parametrize(("value_heads", "use_gate"), [(2, True), (6, True), (6, False)])
+def test_gated_deltanet_is_its_equation(x, factor, value_heads, use_gate):
+    options = {"num_value_heads": value_heads, "use_gate": use_gate}
+    layer = build(GatedDeltaNet, D, H, allow_negative_eigenvalues=factor == 2, **options)
     q, k, v = project(layer, x, H, value_heads)
     assert (q.shape[-1], v.shape[-1]) == (9, 36 // value_heads)
     b = factor * torch.sigmoid(x @ layer.beta_proj.weight.T)
     dt = F.softplus(x @ layer.decay_proj.weight.T + layer.log_decay.dt_bias)
     a = torch.exp(-layer.log_decay.A_log.exp() * dt)[..., None].expand(-1, -1, -1, q.shape[-1])
     o = rms_norm(delta_rule(q, k, v, a, b), layer.norm.weight)
-    o = o * F.silu(x @ layer.gate_proj.weight.T).view_as(o)
+    if use_gate:
+        o = o * F.silu(x @ layer.gate_proj.weight.T).view_as(o)
     assert_close(layer(x), o.flatten(2) @ layer.o_proj.weight.T, 1e-12)
 
 

@@ -86,6 +86,7 @@ def test_decays_are_computed_in_float32_and_spared_by_weight_decay(name, options
         ("deltanet", {"num_heads": 3}, ValueError, "expand_k = 1.0 makes hidden_size = 64 to 64 channels"),
         ("deltanet", {"conv_size": 0}, ValueError, "conv_size must be at least 1, got 0"),
         ("deltanet", {"use_gate": 1}, TypeError, "use_gate must be True or False, got 1"),
+        ("gated_deltanet", {"use_gate": None}, TypeError, "use_gate must be True or False, got None"),
         ("deltanet", {"allow_negative_eigenvalues": "yes"}, TypeError, "allow_negative_eigenvalues must be True or"),
         ("deltanet", {"norm_eps": -1.0}, ValueError, "norm_eps must be positive"),
         ("deltanet", {"conv_bias": True}, TypeError, "conv_bias"),

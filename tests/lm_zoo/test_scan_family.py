@@ -111,7 +111,7 @@ def test_no_gate_grows():
     generator = torch.Generator().manual_seed(0)
     z = 10 * torch.randn(100_000, generator=generator)
     gamma = torch.rand(100_000, generator=generator)
-    log_f, write = bounded_gate(z, gamma)
+    log_f, _ = bounded_gate(z, gamma)
     assert log_f.max() <= 0
     exact = torch.log1p(-(1 - gamma.double()) * torch.sigmoid(-z.double()))
     torch.testing.assert_close(log_f.double(), exact, rtol=1e-5, atol=0)  # also of the smallest decays
