@@ -39,7 +39,7 @@ PEAKS = {
 def flops_per_token(model: CausalLM, seq_len: int) -> float:
     """Of the forward pass, the mean over a text of `seq_len` tokens."""
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
-    return linear_flops(model) + sum(state_flops(mixer, seq_len) for mixer in mixers)
+    return linear_flops(model) + sum(mixer.ranks * state_flops(mixer, seq_len) for mixer in mixers)
 
 
 def linear_flops(module: nn.Module) -> int:

@@ -6,7 +6,7 @@ A dispatch mode looks at the decays that go into the recurrences, so that no lay
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,13 +21,17 @@ BLOCK = 64  # tokens whose decays are formed at a time, where they are as many a
 
 
 @torch.no_grad()
-def layer_statistics(model: CausalLM, tokens: Tensor) -> list[dict[str, Any]]:
+def layer_statistics(
+    model: CausalLM, tokens: Tensor, *, gather: Callable[[Tensor], Tensor] | None = None
+) -> list[dict[str, Any]]:
     """Of each recurrent layer, when the model reads tokens `[1, T]` from empty states.
 
     mean_decay: the mean over tokens and channels (or heads) of |a_t|, by which a state shrinks in a token.
     memory_length: tokens after which a channel has forgotten most, 1 / (1 - mean over time of |a_t|); the median over
         the channels, inf where nothing is forgotten. What a delta rule overwrites does not count as forgotten.
     state_norm: the Euclidean norm of the state after the last token.
+
+    Where ranks share the heads of layers, all of them call this, and `gather` makes one vector of what each has.
     """
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     cache = model.init_cache(1)
@@ -36,13 +40,16 @@ def layer_statistics(model: CausalLM, tokens: Tensor) -> list[dict[str, Any]]:
     layers = []
     for index, forgotten in forgotten_per_token(model, tokens).items():
         state = cache.states[index]
+        norm = torch.linalg.vector_norm(state["S" if "S" in state else "h"])
+        if mixers[index].ranks > 1:
+            forgotten, norm = gather(forgotten), gather(norm[None]).norm()
         layers.append(
             {
                 "layer": index,
                 "mixer": type(mixers[index]).__name__,
                 "mean_decay": 1 - forgotten.mean().item(),
                 "memory_length": 1 / forgotten.median().item() if forgotten.median() > 0 else float("inf"),
-                "state_norm": torch.linalg.vector_norm(state["S" if "S" in state else "h"]).item(),
+                "state_norm": norm.item(),
             }
         )
     return layers

@@ -6,6 +6,7 @@ One validation row is read with empty states; training itself pays nothing.
 from __future__ import annotations
 
 import csv
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from lm_zoo.eval.layer_statistics import layer_statistics
 from lm_zoo.files import whole_file
 from lm_zoo.train.metrics import read_metrics
+from lm_zoo.train.parallel import of_all_parts
 
 LONGEST = 2048  # tokens of the row that are read
 COLUMNS = ("step", "layer", "mixer", "mean_decay", "memory_length", "state_norm")
@@ -31,7 +33,8 @@ class LayerStatistics(L.Callback):
         if trainer.sanity_checking or not math.isfinite(trainer.callback_metrics["val_loss"]):
             return
         tokens = torch.from_numpy(trainer.datamodule.val_rows[0][0])[None, :LONGEST].to(module.device)
-        layers = layer_statistics(module.model, tokens)  # in every process: a sharded model needs them all
+        # In every process: a sharded model needs them all.
+        layers = layer_statistics(module.model, tokens, gather=functools.partial(of_all_parts, trainer))
         if layers and trainer.is_global_zero:
             self._write(trainer, layers)
 

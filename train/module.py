@@ -18,7 +18,7 @@ from lm_zoo.train.gradients import scale_gradients
 from lm_zoo.train.guard import StepGuard
 from lm_zoo.train.optim import Schedule, parameter_groups
 from lm_zoo.train.optimizer import AdamWMuon
-from lm_zoo.train.parallel import MeshStrategy, sequence_processes, shared_sequence
+from lm_zoo.train.parallel import MeshStrategy, sequence_processes, shared_sequence, tensor_processes
 from lm_zoo.train.tokenizers import vocabulary_size
 
 VOCABULARY_MULTIPLE = 64  # output matrices of such sizes are quicker on GPUs
@@ -200,7 +200,7 @@ class ZooModule(L.LightningModule):
             raise UserError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm} is not supported; leave it out")
         loss_sum, targets = self._sums_of_step()
         # What was accumulated is the mean over processes and micro-batches of (sum of losses / tokens of a batch).
-        batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        batches = self.trainer.accumulate_grad_batches * self.trainer.world_size / tensor_processes(self.trainer)
         weight = batches * self._batch_tokens / targets.clamp(min=1)
         norm = scale_gradients(list(self.model.parameters()), weight=weight, clip_norm=gradient_clip_val)
         optimizer.skip = self.guard.judge(loss_sum / targets.clamp(min=1), norm)
@@ -215,7 +215,7 @@ class ZooModule(L.LightningModule):
     def _sums_of_step(self) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of targets of all micro-batches and processes; both start anew.
 
-        Processes that share sequences have the same numbers: each counts for its part of them.
+        Processes that share sequences or matrices have the same numbers: each counts for its part of them.
         """
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         # `full` hands the number over with its launch; `tensor` would wait for the device.
@@ -223,7 +223,7 @@ class ZooModule(L.LightningModule):
         sums = torch.stack([self._loss_sum.to(dtype), targets])
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
-            sums /= sequence_processes(self.trainer)
+            sums /= sequence_processes(self.trainer) * tensor_processes(self.trainer)
         self._loss_sum, self._targets = 0.0, 0
         return sums.unbind()
 

@@ -1,7 +1,8 @@
-"""How the processes of a run share its work: the tokens of a sequence, and the parameters."""
+"""How the processes of a run share its work: the tokens of a sequence, the matrices of a block, and the parameters."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lm_zoo.config import ZooConfig
 from lm_zoo.errors import UserError
@@ -23,29 +25,34 @@ from lm_zoo.kernels.sequence_parallel.group import FORMS
 from lm_zoo.model import ZooForCausalLM
 from lm_zoo.train.sharded_init import sharded_model
 from lm_zoo.train.shards import load_shards, save_shards
+from lm_zoo.train.tensor_parallel import cut_model
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Processes as a grid of data x sequence: those of a row share every batch, and each has a part of its tokens.
+    """Processes as a grid of data x sequence x tensor: those that differ in the last two share every batch.
 
-    Neighbours are in one row, so a sequence stays on one machine while its processes do.
+    Neighbours share matrices, their groups a sequence, so that either stays on one machine while its processes do.
 
     Args:
-        sequence: Processes that share a sequence, each with as many of its tokens.
+        sequence: Processes, or groups of them, that share a sequence, each with as many of its tokens.
         form: How they do: all_gather for few of them, ring for many, see `sequence_parallel`.
+        tensor: Processes that share matrices: each has a part of the heads, of the MLPs and of the vocabulary, and
+            computes with it for the same tokens.
         shard: replicate: every process holds all parameters and their optimizer state. full: each holds its part, and
             fetches a block's parameters while it computes the block (FSDP2). hybrid: full within a machine, replicate
-            among machines.
+            among machines. With tensor this is said of the processes that have the same parts.
     """
 
     sequence: int = 1
     form: Literal["all_gather", "ring"] = "all_gather"
+    tensor: int = 1
     shard: Literal["replicate", "full", "hybrid"] = "replicate"
 
     def __post_init__(self) -> None:
-        if self.sequence < 1:
-            raise UserError(f"parallel.sequence={self.sequence} is not possible; give at least 1")
+        for name in ("sequence", "tensor"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name}={getattr(self, name)} is not possible; give at least 1")
         if self.form not in FORMS:
             raise UserError(f"parallel.form={self.form} is not known; choose {' or '.join(FORMS)}")
         if self.shard not in ("replicate", "full", "hybrid"):
@@ -59,11 +66,17 @@ class Parallel:
             raise UserError(f"trainer.strategy={given} and parallel both say what processes share; leave the first out")
         return MeshStrategy(self)
 
-    def check(self, processes: int, seq_len: int) -> None:
-        if processes % self.sequence:
+    def check(self, processes: int, machines: int, seq_len: int) -> None:
+        if processes // machines % self.tensor:
             raise UserError(
-                f"parallel.sequence={self.sequence} does not divide the {processes} processes of the run; give a "
-                "divisor, or another trainer.devices or trainer.num_nodes"
+                f"parallel.tensor={self.tensor} does not divide the {processes // machines} processes of a machine; "
+                "give a divisor, or another trainer.devices"
+            )
+        if processes // self.tensor % self.sequence:
+            groups = "processes" if self.tensor == 1 else f"groups of {self.tensor} processes"
+            raise UserError(
+                f"parallel.sequence={self.sequence} does not divide the {processes // self.tensor} {groups} of the "
+                "run; give a divisor, or another trainer.devices or trainer.num_nodes"
             )
         if seq_len % self.sequence or seq_len < 2 * self.sequence:
             longer = max(2, -(-seq_len // self.sequence)) * self.sequence
@@ -74,10 +87,11 @@ class Parallel:
 
 
 class MeshStrategy(ModelParallelStrategy):
-    """FSDP2 over all processes, and groups of them for the sequences. Checkpoints are `WholeFolderIO`'s, in shards."""
+    """FSDP2 over all processes that have the same parts of matrices, and groups of processes that share a sequence or
+    matrices. Checkpoints are `WholeFolderIO`'s, in shards."""
 
     def __init__(self, parallel: Parallel) -> None:
-        super().__init__()
+        super().__init__(tensor_parallel_size=parallel.tensor)
         self.parallel = parallel
 
     @property
@@ -86,16 +100,16 @@ class MeshStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._setup_distributed()
-        rows = (self.world_size // self.parallel.sequence, self.parallel.sequence)
-        names = ("data_parallel", "sequence")  # the first as Lightning calls it
-        self._device_mesh = init_device_mesh(self.root_device.type, rows, mesh_dim_names=names)
+        shared = (self.parallel.sequence, self.parallel.tensor)
+        sizes = (self.world_size // math.prod(shared), *shared)
+        names = ("data_parallel", "sequence", "tensor_parallel")  # the outer ones as Lightning calls them
+        self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
 
     def shard_mesh(self) -> DeviceMesh:
-        """Whose last dimension shares the parameters; they are the same along the one before."""
-        replicas = {"replicate": self.world_size, "full": 1, "hybrid": self.num_nodes}[self.parallel.shard]
-        sizes, names = (replicas, self.world_size // replicas), ("replicate", "shard")
-        if self.parallel.shard == "full":
-            sizes, names = sizes[1:], names[1:]
+        """Parameters are the same along `replicate`, lie in shards along `shard`, and are cut along `tensor`."""
+        alike = self.world_size // self.parallel.tensor
+        replicas = {"replicate": alike, "full": 1, "hybrid": self.num_nodes}[self.parallel.shard]
+        sizes, names = (replicas, alike // replicas, self.parallel.tensor), ("replicate", "shard", "tensor")
         return init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
 
     def new_model(self, config: ZooConfig, prepare: Callable[[ZooForCausalLM], None]) -> ZooForCausalLM:
@@ -103,10 +117,13 @@ class MeshStrategy(ModelParallelStrategy):
 
         `prepare` is called before, with the model as it will be sharded.
         """
-        mesh = self.shard_mesh()
+        whole = self.shard_mesh()
+        mesh = whole["shard"] if self.parallel.shard == "full" else whole["replicate", "shard"]
 
         def shard(model: ZooForCausalLM) -> None:
             prepare(model)
+            if self.parallel.tensor > 1:
+                cut_model(model, whole["tensor"])
             for block in model.model.layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
@@ -138,14 +155,25 @@ class MeshStrategy(ModelParallelStrategy):
 
 
 def data_process(trainer: L.Trainer) -> tuple[int, int]:
-    """Which part of the data this process reads, and of how many: processes that share sequences read the same."""
-    sequence = _parallel(trainer).sequence
-    return trainer.global_rank // sequence, trainer.world_size // sequence
+    """Which part of the data this process reads, and of how many: who shares sequences or matrices reads the same."""
+    parallel = _parallel(trainer)
+    sharing = parallel.sequence * parallel.tensor
+    return trainer.global_rank // sharing, trainer.world_size // sharing
 
 
 def sequence_processes(trainer: L.Trainer) -> int:
     """How many processes share a sequence."""
     return _parallel(trainer).sequence
+
+
+def tensor_processes(trainer: L.Trainer) -> int:
+    """How many processes share matrices."""
+    return _parallel(trainer).tensor
+
+
+def of_all_parts(trainer: L.Trainer, x: Tensor) -> Tensor:
+    """What each of the processes that share matrices has, one after another in the first dimension."""
+    return DTensor.from_local(x, trainer.strategy.device_mesh["tensor_parallel"], [Shard(0)]).full_tensor()
 
 
 @contextmanager

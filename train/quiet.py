@@ -25,6 +25,7 @@ LEVELS = {
     "huggingface_hub": logging.ERROR,
     "transformers": logging.ERROR,
     "datasets": logging.CRITICAL,
+    "torch.distributed.tensor._redistribute": logging.ERROR,  # that gathering a whole matrix takes two messages
 }
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from lm_zoo.config import ZooConfig
 from lm_zoo.errors import UserError, one_line
 from lm_zoo.files import whole_folder
 from lm_zoo.train.checkpoints import (
@@ -37,12 +38,13 @@ from lm_zoo.train.data import TextData
 from lm_zoo.train.layer_statistics import LayerStatistics
 from lm_zoo.train.metrics import Metrics, MetricsFile
 from lm_zoo.train.module import ZooModule, check_same_model
-from lm_zoo.train.parallel import MeshStrategy, Parallel, data_process, full_weights
+from lm_zoo.train.parallel import MeshStrategy, Parallel, data_process, full_weights, tensor_processes
 from lm_zoo.train.plots import Plots
 from lm_zoo.train.progress import StepProgress
 from lm_zoo.train.quiet import quiet_libraries
 from lm_zoo.train.samples import Samples
 from lm_zoo.train.snapshot import load_tree
+from lm_zoo.train.tensor_parallel import check_cuts, check_vocabulary, describe_cuts
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # the data counts its own epochs: see TextData.epochs
@@ -104,16 +106,21 @@ def run_training(trainer: L.Trainer, module: ZooModule, data: TextData, resume: 
     checkpoint = checkpoint_to_resume(resume, out) if resume else None
     check_run(trainer, out, checkpoint)
     if isinstance(trainer.strategy, MeshStrategy):
-        trainer.strategy.parallel.check(trainer.world_size, data.seq_len)
+        trainer.strategy.parallel.check(trainer.world_size, trainer.num_nodes, data.seq_len)
+        if tensor_processes(trainer) > 1:
+            check_cuts(module.zoo_config(), tensor_processes(trainer))
+            if module.backend is not None:
+                raise UserError("model.compile and parallel.tensor do not go together; leave one of them out")
     data.trainer = trainer
     if trainer.is_global_zero:  # the other processes find the cache when Lightning lets them in
         data.prepare_data()
         data.setup()
         config = module.zoo_config(data.tokenizer)
+        check_vocabulary(config, tensor_processes(trainer))
         if checkpoint is not None:
             check_same_model(load_tree(checkpoint, None), config)  # before other processes are started
         if trainer.progress_bar_callback is not None:
-            describe(trainer, data)
+            describe(trainer, data, config)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         if len(data.val_rows) and not MetricsFile(out).has_validation(trainer.global_step):
@@ -146,7 +153,7 @@ def check_run(trainer: L.Trainer, out: Path, checkpoint: Path | None) -> None:
         raise UserError(f"{out} already holds a run; continue it with --resume last, or choose another --out")
 
 
-def describe(trainer: L.Trainer, data: TextData) -> None:
+def describe(trainer: L.Trainer, data: TextData, config: ZooConfig) -> None:
     tokens_per_step = data.batch_size * data.seq_len * trainer.accumulate_grad_batches * data_process(trainer)[1]
     training, validation = (rows.selection.num_tokens for rows in (data.train_rows, data.val_rows))
     print(
@@ -154,6 +161,8 @@ def describe(trainer: L.Trainer, data: TextData) -> None:
         f"{data.count_steps():,} steps of {tokens_per_step:,} tokens",
         file=sys.stderr,
     )
+    if tensor_processes(trainer) > 1:
+        print(describe_cuts(config, tensor_processes(trainer)), file=sys.stderr)
 
 
 def export(module: ZooModule, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

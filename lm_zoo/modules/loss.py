@@ -4,9 +4,12 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lm_zoo.kernels.checks import check_option, check_same, check_shape, check_tensor
@@ -34,7 +37,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: `[N, D]`.
-        weight: `[V, D]`.
+        weight: `[V, D]`; a DTensor whose rows are shared by ranks, which then all make this call with the same tokens.
         labels: `[N]` int64; tokens labelled `ignore_index` do not count.
         reduction: "mean" over the counted tokens (0 where there are none), "sum", or "none": `[N]`, 0 at ignored
             tokens, without gradients.
@@ -57,17 +60,20 @@ def linear_cross_entropy(
     check_same("labels", labels, "hidden", hidden, dtype=False)
     check_option("reduction", reduction, ("mean", "sum", "none"))
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    shared = None
+    if isinstance(weight, DTensor):
+        shared, weight = SharedRows(weight.device_mesh, weight.shape[0]), weight.to_local()
     if reduction == "none" and needs_grad:
         raise ValueError('reduction="none" gives no gradients: call it under torch.no_grad(), or use "sum" or "mean"')
-    if needs_grad and _fused_kernels_run(hidden):
+    if needs_grad and shared is None and _fused_kernels_run(hidden):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         options = {"ignore_index": ignore_index, "reduction": "sum", "accum_dtype": torch.float32}
         total = liger_fused_linear_cross_entropy(hidden, weight, labels, lse_square_scale=z_loss, **options)
     elif needs_grad:
-        total = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index, z_loss)
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index, z_loss, shared)
     else:
-        losses = _sweep(hidden, weight, labels, ignore_index, z_loss)[0]
+        losses = _sweep(hidden, weight, labels, ignore_index, z_loss, shared)[0]
         if reduction == "none":
             return losses
         total = losses.sum()
@@ -114,13 +120,32 @@ def _fused_kernels_run(hidden: Tensor) -> bool:
     return on_gpu and importlib.util.find_spec("liger_kernel") is not None
 
 
+class SharedRows:
+    """A vocabulary of which each rank of a mesh has as many tokens, in turn."""
+
+    def __init__(self, mesh: DeviceMesh, vocab_size: int):
+        self.group, self.count = mesh.get_group(), vocab_size // mesh.size()
+        self.first = mesh.get_local_rank() * self.count
+
+    def has(self, labels: Tensor) -> Tensor:
+        return (labels >= self.first) & (labels < self.first + self.count)
+
+    def join(self, log_total: Tensor, logit: Tensor) -> tuple[Tensor, Tensor]:
+        """log Z over all ranks, and the labels' logits, each of which one rank has and the others give as 0."""
+        own = torch.stack([log_total, logit])
+        parts = [torch.empty_like(own) for _ in range(self.group.size())]
+        dist.all_gather(parts, own, group=self.group)
+        log_totals, logits = torch.stack(parts, dim=1)
+        return log_totals.logsumexp(dim=0), logits.sum(dim=0)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The sum of the losses; its gradients are ready when the forward pass ends."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, ignore_index, z_loss):
+    def forward(ctx, hidden, weight, labels, ignore_index, z_loss, shared):
         needs_grad = ctx.needs_input_grad[:2]
-        losses, grad_hidden, grad_weight = _sweep(hidden, weight, labels, ignore_index, z_loss, needs_grad)
+        losses, grad_hidden, grad_weight = _sweep(hidden, weight, labels, ignore_index, z_loss, shared, needs_grad)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return losses.sum()
 
@@ -128,11 +153,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total):
         grads = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
-def _sweep(hidden, weight, labels, ignore_index, z_loss, needs_grad=(False, False)):
-    """The loss of each token, and the gradients of their sum for hidden and weight where asked for."""
+def _sweep(hidden, weight, labels, ignore_index, z_loss, shared, needs_grad=(False, False)):
+    """The loss of each token, and the gradients of their sum for hidden and weight where asked for.
+
+    With `shared`, the weight is this rank's part of its rows, and so is its gradient.
+    """
     product_dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # autocast leaves float64 alone
         product_dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -142,13 +170,17 @@ def _sweep(hidden, weight, labels, ignore_index, z_loss, needs_grad=(False, Fals
     grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_grad[1] else None
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     h, w = hidden.to(product_dtype), weight.to(product_dtype)
+    first = 0 if shared is None else shared.first
     for start in range(0, len(labels), rows):
         chunk = slice(start, start + rows)
         logits = (h[chunk] @ w.T).to(sum_dtype)
         counted = labels[chunk] != ignore_index
-        target = labels[chunk].where(counted, 0)[:, None]
-        log_total = logits.logsumexp(dim=-1, keepdim=True)
-        loss = log_total - logits.gather(1, target)
+        here = counted if shared is None else counted & shared.has(labels[chunk])
+        target = (labels[chunk] - first).where(here, 0)[:, None]
+        log_total, logit = logits.logsumexp(dim=-1, keepdim=True), logits.gather(1, target)
+        if shared is not None:
+            log_total, logit = shared.join(log_total, logit * here[:, None])
+        loss = log_total - logit
         if z_loss:
             loss += z_loss * log_total.square()
         losses[chunk] = loss.squeeze(1) * counted
@@ -158,12 +190,14 @@ def _sweep(hidden, weight, labels, ignore_index, z_loss, needs_grad=(False, Fals
         dlogits = logits.sub_(log_total).exp_()
         if z_loss:
             dlogits.mul_(1 + 2 * z_loss * log_total)
-        dlogits.scatter_add_(1, target, torch.full_like(log_total, -1.0))
+        dlogits.scatter_add_(1, target, -here[:, None].to(dlogits.dtype))
         dlogits = dlogits.mul_(counted[:, None]).to(product_dtype)
         if grad_hidden is not None:
             grad_hidden[chunk] = dlogits @ w
         if grad_weight is not None:
             _add_product(grad_weight, dlogits.T, h[chunk])
+    if shared is not None and grad_hidden is not None:
+        dist.all_reduce(grad_hidden, group=shared.group)
     return losses, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 

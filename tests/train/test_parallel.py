@@ -24,6 +24,10 @@ PARALLEL = {
     "ring": (2, {"sequence": 2, "form": "ring"}, 4),
     "both": (4, {"sequence": 2, "shard": "full"}, 2),
     "both, on two machines": (4, {"sequence": 2, "shard": "hybrid"}, 2),
+    "tensor": (2, {"tensor": 2}, 4),
+    "tensor, FSDP2": (4, {"tensor": 2, "shard": "full"}, 2),
+    "tensor, on two machines": (4, {"tensor": 2, "shard": "hybrid"}, 2),
+    "tensor, ring": (4, {"tensor": 2, "sequence": 2, "form": "ring"}, 4),
 }  # processes, options, rows per batch so that all have four
 
 
