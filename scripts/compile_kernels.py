@@ -26,6 +26,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
+from pipelines import refilled_early
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -70,6 +71,7 @@ class Report:
     shared_bytes: int = 0
     products: int = 0  # of two tiles, in the variant that has most
     off_matrix_units: int = 0  # of them
+    refilled_early: int = 0  # operands in shared memory that are loaded anew while a product may still read them
     matrix_instructions: str = ""
 
     def add(self, other: Report) -> None:
@@ -89,6 +91,8 @@ class Report:
             found.append(f"{self.spilled_bytes} bytes spilled")
         if self.off_matrix_units:
             found.append(f"{self.off_matrix_units} products not on matrix units")
+        if self.refilled_early:
+            found.append(f"{self.refilled_early} operands loaded anew under a product")
         return found
 
 
@@ -299,6 +303,7 @@ def read(kernel, name: str, target: str, size: int) -> Report:
     report = Report(
         name, target, size, shared_bytes=kernel.metadata.shared, products=len(dots), off_matrix_units=len(off)
     )
+    report.refilled_early = len(refilled_early(kernel.asm["ttgir"]))
     if target.startswith("hip"):
         text = kernel.asm["amdgcn"]
         report.registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])

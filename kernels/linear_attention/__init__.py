@@ -78,9 +78,7 @@ def linear_attention(
         options = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
         options |= {"cu_seqlens": cu_seqlens, "backend": backend}
         return linear_attention_segment(linear_attention, group, q, k, v, log_decay, beta, **options)
-    inputs = (q, k, v, log_decay, beta, initial_state)
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    backend = choose(backend, q, unsupported=_not_in_triton(q, v, log_decay, beta, trains))
+    backend = choose(backend, q, unsupported=_not_in_triton(q, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*v.shape[:2], -1)
@@ -93,13 +91,9 @@ def linear_attention(
     return o.to(v.dtype), final_state if output_final_state else None
 
 
-def _not_in_triton(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, trains: bool) -> str | None:
+def _not_in_triton(q: Tensor, v: Tensor) -> str | None:
     if (size := max(q.shape[-1], v.shape[-1])) > LARGEST_HEAD:
         return f"its tiles hold heads of at most {LARGEST_HEAD} channels, got {size}"
-    per_token = beta is not None and log_decay is not None and log_decay.dim() < 4
-    if q.is_cuda and q.dtype == torch.float16 and per_token and trains:
-        # Measured on an H200 with Triton 3.6; bfloat16 and float32 are right there, and so is the forward pass.
-        return "its float16 gradients of the delta rule with a decay per token are 2 % off: use bfloat16"
     return None
 
 

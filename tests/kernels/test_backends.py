@@ -10,7 +10,6 @@ import torch
 
 from lm_zoo.kernels import backends, linear_attention
 from lm_zoo.kernels.backends import choose, use_backend
-from lm_zoo.kernels.linear_attention import _not_in_triton
 
 ON_CPU = torch.zeros(1)
 
@@ -109,33 +108,3 @@ def test_dtypes_that_triton_does_not_compute_in(monkeypatch, dtype):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match=f"the tensors are {dtype}".replace("torch.", "")):
         choose("triton", torch.zeros(1, dtype=dtype))
-
-
-class HalfOnGpu:
-    """As much of a float16 CUDA tensor as the op looks at to refuse a case."""
-
-    is_cuda = True
-    shape = (1, 1, 1, 64)
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-
-@pytest.mark.parametrize(
-    ("dtype", "gates", "beta", "trains", "refused"),
-    [
-        (torch.float16, 3, True, True, True),
-        (torch.float16, 1, True, True, True),
-        (torch.float16, 3, True, False, False),  # its outputs are right
-        (torch.float16, 4, True, True, False),
-        (torch.float16, None, True, True, False),
-        (torch.float16, 3, False, True, False),
-        (torch.bfloat16, 3, True, True, False),
-    ],
-)
-def test_float16_gradients_that_are_wrong_on_a_gpu_are_refused(dtype, gates, beta, trains, refused):
-    x = HalfOnGpu(dtype)
-    log_decay = None if gates is None else torch.zeros([1] * gates)
-    reason = _not_in_triton(x, x, log_decay, torch.zeros(1) if beta else None, trains)
-    assert (reason is not None) == refused
-    assert not refused or "use bfloat16" in reason

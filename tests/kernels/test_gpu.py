@@ -55,8 +55,6 @@ def run(inputs, backend, dtype=None):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (256, 256), (80, 48)])
 def test_matches_recurrence(K, V, decay, delta, dtype):
-    if dtype == torch.float16 and delta and decay in ("constant", "scalar"):
-        pytest.skip("the op refuses it: see _not_in_triton")
     inputs = make_inputs(decay, delta, dtype, K=K, V=V)
     expected = run(inputs, "reference", torch.float64)
     for name, value in run(inputs, "triton").items():

@@ -179,6 +179,10 @@ def state_gradients(
         if DELTA:
             dw = dot(load_tokens(du, i, length, head, HV, column, V), tl.trans(S), dw)
         if DECAY:
+            # Loaded once more, and in another way, or it would be the same load. One that feeds a product and registers
+            # gets too few buffers: on Hopper, Triton 3.6 to 3.9 loads the next tile over it under the product.
+            S = tl.load(states + tile, mask=mask, other=0.0, cache_modifier=".cg")
+            dS = tl.load(dstates + tile, mask=mask, other=0.0, cache_modifier=".cg")
             passed += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
     return dq, dk, dw, passed
 
