@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm_zoo.eval.flops import TRAINING_PASSES, flops_per_token, peak_flops
 from lm_zoo.files import whole_file
+from lm_zoo.train.memory import peak_memory
 from lm_zoo.train.parallel import data_process
 
 
@@ -99,7 +98,7 @@ class Metrics(L.Callback):
             "gradient_norm": norm,
             "skipped_steps": int(counts["not_finite"] + counts["spikes"]),
             "tokens_per_second": speed,
-            "memory_gb": memory_gb(module.device),
+            "memory_gb": peak_memory(module.device) / 1e9,
         }
         if self._peak is not None:
             values["flops_utilisation"] = speed * self._flops_per_token / (self._peak * trainer.world_size)
@@ -115,14 +114,6 @@ class Metrics(L.Callback):
     def _start_clock(self) -> None:
         self._clock = self._batch_end = time.monotonic()
         self._clocked_tokens, self._paused = 0, False
-
-
-def memory_gb(device: torch.device) -> float:
-    """The most memory held so far, in GB: on a GPU by tensors, else by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class MetricsFile(Logger):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import resource
 from collections.abc import Callable
 
 import torch
@@ -117,10 +116,3 @@ def continuation(model: nn.Module, tokenizer, prompt: str, tokens: int = CONTINU
     taken = len(tokenizer(prompt)["input_ids"])
     tokens = int(min(tokens, room - taken))
     return generate(model, tokenizer, prompt, temperature=0, max_tokens=tokens) if tokens > 0 else prompt
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes, of the GPU if there is one, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 from lm_zoo.errors import UserError
 from lm_zoo.linearized import LinearizedForCausalLM
 from lm_zoo.modules.loss import CHUNK_ELEMENTS
-from lm_zoo.train.linearize.controls import peak_memory
 from lm_zoo.train.linearize.recover import projections
 from lm_zoo.train.linearize.run import fitting
 from lm_zoo.train.linearize.sizes import duration, size
 from lm_zoo.train.linearize.spec import LinearizeSpec, Recover, Stage
 from lm_zoo.train.linearize.teacher import load_config
 from lm_zoo.train.linearize.transfer import mixer_parameters
+from lm_zoo.train.memory import peak_memory
 
 RESERVE = 2**27  # bytes that Python and its libraries take beside all that is counted here
 ACHIEVED = 0.4  # of the speed of large matrix products, in training

@@ -28,6 +28,7 @@ from lm_zoo.train.linearize.sampling import MOST_TOKENS, SELF, sample_texts
 from lm_zoo.train.linearize.spec import LinearizeSpec
 from lm_zoo.train.linearize.teacher import load_teacher, not_finite, positions
 from lm_zoo.train.linearize.work import Signals, WorkFolder, check_output
+from lm_zoo.train.memory import peak_memory
 from lm_zoo.train.packing import Selection
 from lm_zoo.train.quiet import quiet_libraries
 
@@ -301,7 +302,7 @@ class Run:
             self.student, self.tokenizer, prompt, self.continuation_tokens
         )
         self.measured["state"] = controls.state_size(self.student)
-        self.measured["peak_memory_bytes"] = controls.peak_memory(self.device)
+        self.measured["peak_memory_bytes"] = peak_memory(self.device)
 
     def _measure(self, name: str, observer: controls.Observer | None = None) -> None:
         value = self._perplexity(observer)

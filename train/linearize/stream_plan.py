@@ -12,7 +12,7 @@ import torch
 from lm_zoo.errors import UserError
 from lm_zoo.linearized import LinearizedForCausalLM
 from lm_zoo.modules.loss import CHUNK_ELEMENTS
-from lm_zoo.train.linearize.controls import ROWS, peak_memory, replaced_layers
+from lm_zoo.train.linearize.controls import ROWS, replaced_layers
 from lm_zoo.train.linearize.estimate import (
     RESERVE,
     Estimate,
@@ -28,6 +28,7 @@ from lm_zoo.train.linearize.estimate import (
 from lm_zoo.train.linearize.sampling import TEXTS_AT_A_TIME
 from lm_zoo.train.linearize.sizes import duration, size
 from lm_zoo.train.linearize.spec import LinearizeSpec, Recover, Stage
+from lm_zoo.train.memory import peak_memory
 
 CONTINUATION = 24  # tokens of the report's continuations: each takes all the weights from the disk
 DISK_SPEED = 2e9  # bytes per second, of a solid-state disk; not measured, and said to be assumed
