@@ -73,10 +73,10 @@ class Parallel:
                 "give a divisor, or another trainer.devices"
             )
         if processes // self.tensor % self.sequence:
-            groups = "processes" if self.tensor == 1 else f"groups of {self.tensor} processes"
+            over = "" if self.tensor == 1 else f" over parallel.tensor={self.tensor}"
             raise UserError(
-                f"parallel.sequence={self.sequence} does not divide the {processes // self.tensor} {groups} of the "
-                "run; give a divisor, or another trainer.devices or trainer.num_nodes"
+                f"parallel.sequence={self.sequence} does not divide the {processes} processes of the run{over}; give a "
+                "divisor, or another trainer.devices or trainer.num_nodes"
             )
         if seq_len % self.sequence or seq_len < 2 * self.sequence:
             longer = max(2, -(-seq_len // self.sequence)) * self.sequence

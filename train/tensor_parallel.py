@@ -184,9 +184,9 @@ def check_vocabulary(config: ZooConfig, ranks: int) -> None:
 def describe_cuts(config: ZooConfig, ranks: int) -> str:
     """One line: what so many ranks share."""
     mixers = _mixers(config)
-    whole = [name for name, mixer in mixers.items() if mixer.cut() is None]
-    cut = ["the vocabulary", *["the MLPs"] * (config.intermediate_size > 0), *(mixers.keys() - whole)]
-    line = f"parallel.tensor={ranks} cuts {', '.join(cut)}"
+    cut, whole = ([name for name, mixer in mixers.items() if (mixer.cut() is None) == none] for none in (False, True))
+    parts = ["the vocabulary", *["the MLPs"] * (config.intermediate_size > 0), *cut]
+    line = f"parallel.tensor={ranks} cuts {', '.join(parts)}"
     return f"{line}; every process computes all of {', '.join(whole)}" if whole else line
 
 

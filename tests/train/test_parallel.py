@@ -1,4 +1,4 @@
-"""Processes that share parameters, sequences or both train as one process does, save, resume and export as it does."""
+"""Processes that share parameters, sequences, matrices or all of these train, save, resume and export as one does."""
 
 import json
 import os
@@ -65,12 +65,21 @@ def same_weights(left: Path, right: Path, tolerance: float) -> None:
         assert (left[name] - right[name]).abs().max() < tolerance, name
 
 
-def test_two_processes_that_share_all_are_one(spawn, tmp_path, text_file) -> None:
+SHARED = {
+    "sequence and parameters": ({"sequence": 2, "shard": "full"}, "adamw"),
+    "matrices": ({"tensor": 2}, "muon"),
+}  # options, optimizer
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_that_share_all_are_one(name, spawn, tmp_path, text_file) -> None:
     """Loss and gradient of every step, what is exported, and a run in one process from their checkpoint."""
-    options = {"max_steps": 4, "model": {"gradient_checkpointing": True}, "data": {"batch_size": 2}}
+    parallel, optimizer = SHARED[name]
+    model = {"gradient_checkpointing": True, "optimizer": optimizer}
+    options = {"max_steps": 4, "model": model, "data": {"batch_size": 2}}
     options |= {"accumulate_grad_batches": 2, "every_n_steps": 2}
     one = ranks_of_a_run.train(tmp_path / "one", text_file, **options)
-    both = spawn("both", 2, parallel={"sequence": 2, "shard": "full"}, **options)
+    both = spawn("both", 2, parallel=parallel, **options)
     assert len(one) == 4
     assert largest_difference(one, both) < 1e-12
     same_weights(tmp_path / "one", tmp_path / "both", 1e-12)
@@ -112,7 +121,7 @@ def test_compiled_blocks_on_two_processes(parallel, spawn, tmp_path, text_file) 
 def test_a_run_goes_on_with_other_processes(spawn, tmp_path) -> None:
     """Of four rows per batch and nine steps in all, each three in other processes."""
     options = {"max_steps": 9, "every_n_steps": 3}
-    full = {"shard": "full"}
+    full, cut = {"shard": "full"}, {"shard": "full", "tensor": 2}
     one = spawn("one", 1, **options)
     two = spawn("two", 2, parallel=full, data={"batch_size": 2}, **options)
     assert largest_difference(one, two) < 1e-12
@@ -122,10 +131,15 @@ def test_a_run_goes_on_with_other_processes(spawn, tmp_path) -> None:
         "two to one": (1, {"resume": str(tmp_path / "two" / third)}),
         "two to four": (4, {"parallel": full, "data": {"batch_size": 1}, "resume": str(tmp_path / "two" / third)}),
         "four to one, sharded": (1, {"parallel": full, "resume": str(tmp_path / "two to four" / sixth)}),
-    }
+        "one to tensor": (2, {"parallel": {"tensor": 2}, "resume": str(tmp_path / "one" / third)}),
+        "two to tensor": (4, {"parallel": cut, "data": {"batch_size": 2}, "resume": str(tmp_path / "two" / third)}),
+        "tensor to two": (
+            2, {"parallel": full, "data": {"batch_size": 2}, "resume": str(tmp_path / "two to tensor" / sixth)}
+        ),
+    }  # fmt: skip
     for name, (processes, changed) in resumed.items():
         steps = spawn(name, processes, **options, **changed)
-        assert len(steps) == (3 if "four to one" in name else 6)
+        assert len(steps) == (3 if sixth in changed["resume"] else 6)
         assert largest_difference(steps, one[-len(steps) :]) < 1e-12, name
         same_weights(tmp_path / name, tmp_path / "one", 1e-12)
 
