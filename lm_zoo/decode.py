@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lm_zoo.compiled import Compiled, check_compiler
 from lm_zoo.kernels.sequence_parallel import active_group
 from lm_zoo.tape import Tape
 
@@ -29,14 +30,21 @@ class DecodeStep:
     The first `WARM_UP` calls are plain forward passes. Then the step is recorded: on a GPU as CUDA graphs, elsewhere as
     tapes (`lm_zoo.tape`). Layers whose state grows, as that of softmax attention without a window does, run as they are
     between what is recorded. A recording holds for this cache and this number of rows: its tensors must be written in
-    place, as `reorder_cache` does. New values of the parameters are seen; new parameters, and hooks, are not.
+    place, as `reorder_cache` does. New values of the parameters are seen, unless they are written through `data`; new
+    parameters, and hooks, are not.
 
-    `pack_weights(model)` first makes a step on a CPU a good deal quicker.
+    `pack_weights(model)` first makes a step on a CPU a good deal quicker, and `compile` again so: the recording is then
+    compiled (`lm_zoo.compiled`), which takes a C++ compiler and some seconds.
     """
 
-    def __init__(self, model: CausalLM, cache: ZooCache):
+    def __init__(self, model: CausalLM, cache: ZooCache, *, compile: bool = False):
         if model.training:
             raise ValueError("model must be in eval mode: call model.eval()")
+        if compile:
+            if model.device.type != "cpu":
+                raise ValueError(f"compile=True is for models on a CPU, this one is on {model.device}: leave it out")
+            check_compiler()
+        self._compiles = compile
         self.model = model
         self.cache = cache
         self.armed = False  # whether `generate()` wants the next forward pass to be this step
@@ -66,11 +74,17 @@ class DecodeStep:
             for _, part in parts:
                 x = part(x)
             return x
+        record = CudaGraph if x.is_cuda else Tape
+        if self._compiles:  # layers of a kind are then compiled once
+            record = Compiled
+        else:
+            parts = [
+                (fixed, _chain([run for _, run in group])) for fixed, group in groupby(parts, lambda part: part[0])
+            ]
         runs = []
-        for fixed, group in groupby(parts, key=lambda part: part[0]):
-            run = _chain([part for _, part in group])
+        for fixed, run in parts:
             if fixed:
-                recording = (CudaGraph if x.is_cuda else Tape)(run, x)
+                recording = record(run, x)
                 if recording.refusal is None:
                     run = recording
                 x = recording.output

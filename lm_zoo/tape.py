@@ -7,10 +7,11 @@ tensor that it made when it was recorded, so that views are made once, and modul
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,7 +29,8 @@ class Tape:
 
     The tensors that the function reads and writes are taken by their addresses: new values in them are seen, new
     tensors in their place are not. What it does besides, as counting in a Python number, is not repeated. Weights of
-    `pack_weights` that take the same input are one product.
+    `pack_weights` that take the same input are one product. What comes of parameters alone is computed again only when
+    their version counters say that they changed.
 
     `output` is the tensor that the function returned, in which each call leaves its result. `refusal` is the name of an
     operation that cannot be replayed, where there was one; the recorded run is valid even so.
@@ -36,61 +38,103 @@ class Tape:
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         self.input = x.clone()
-        recorder = _Recorder()
+        recorder = _TapeRecorder()
         with recorder:
             self.output = function(self.input)
         self.refusal = recorder.refusal
-        self.calls = recorder.calls()
+        self.settled, notes = recorder.split(recorder.notes)
+        self.calls = [note.call for note in notes]
 
     def __call__(self, x: Tensor) -> Tensor:
         self.input.copy_(x)
+        self.settled()
         for call in self.calls:
             call()
         return self.output
 
 
-class _Recorder(TorchDispatchMode):
-    """Runs operations, and notes how to run each of them again into the same tensors."""
+@dataclass(frozen=True)
+class Note:
+    """An operation: how to run it again into the same tensors, and the storages that it reads and makes."""
+
+    call: Callable[[], object] | None  # `None` where there is nothing to run, as for a view
+    read: set[int]
+    made: set[int]  # none where it writes in place, or what it returns is a view
+
+
+class Settled:
+    """Calls that compute from parameters alone, for when those have changed."""
+
+    def __init__(self, calls: list[Callable[[], object]], parameters: list[nn.Parameter]):
+        self.calls, self.parameters = calls, parameters
+        self.versions = [parameter._version for parameter in parameters]
+
+    def __call__(self) -> None:
+        versions = [parameter._version for parameter in self.parameters]
+        if versions != self.versions:
+            self.versions = versions
+            for call in self.calls:
+                call()
+
+
+class Recorder(TorchDispatchMode):
+    """Runs operations; `note(op, args, kwargs)`, which a subclass defines, also notes them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.notes: list[tuple[Callable[[], object], set[int], set[int]]] = []  # call, storages read and made
         self.written: set[int] = set()  # storages that operations write to in place
-        self.products = Products()
-        self.rewrites = {torch.ops.aten.linear.default: self.products.linear, torch.ops.aten.rms_norm.default: rms_norm}
+        self.parameters: dict[int, nn.Parameter] = {}  # by their ids, all that were read
         self.refusal: str | None = None
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(tag in UNREPEATABLE for tag in op.tags) and not _without_dropout(op, args, kwargs):
             self.refusal = op.name()
+        leaves = tree_leaves((args, kwargs))
+        self.parameters |= {id(x): x for x in leaves if isinstance(x, nn.Parameter) and not x.is_inference()}
+        return self.note(op, args, kwargs)
+
+    def split(self, notes: list[Note]) -> tuple[Settled, list[Note]]:
+        """What computes from nothing or from parameters alone, and the notes of all the rest."""
+        constant = storages(list(self.parameters.values())) - self.written
+        settled, rest, used = [], [], set()
+        for note in notes:
+            if note.read <= constant and not note.made & self.written:
+                constant |= note.made
+                used |= note.read
+                settled += [note.call] * (note.call is not None)
+            else:
+                rest.append(note)
+        return Settled(settled, [p for p in self.parameters.values() if storages(p) <= used]), rest
+
+
+class _TapeRecorder(Recorder):
+    """Notes how to run each operation again into the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[Note] = []
+        self.products = Products()
+        self.rewrites = {torch.ops.aten.linear.default: self.products.linear, torch.ops.aten.rms_norm.default: rms_norm}
+
+    def note(self, op, args: tuple, kwargs: dict):
         read = storages((args, kwargs))
         if op._schema.is_mutable:
             result = op(*args, **kwargs)
             self.written |= storages(result)
             self.products.forget(storages(result))
             function = op if None in tree_leaves(args) else binding(op)  # Python's index_put_ takes no None
-            self.notes.append((partial(function, *args, **kwargs), read, set()))
+            self.notes.append(Note(partial(function, *args, **kwargs), read, set()))
             return result
         if op in self.rewrites and (rewritten := self.rewrites[op](*args, **kwargs)) is not None:
             result, calls = rewritten
-            self.notes += [(call, read, set()) for call in calls]
+            self.notes += [Note(call, read, set()) for call in calls]
             return result
         result = op(*args, **kwargs)
         made = storages(result)
         if not made <= read:  # else a view, which stays what it is
-            self.notes.append((_again(op, args, kwargs, result), read, made))
+            self.notes.append(Note(again(op, args, kwargs, result), read, made))
         return result
-
-    def calls(self) -> list[Callable[[], object]]:
-        """All of them but those that compute a constant: from nothing, or from constants alone."""
-        constant, calls = set(), []
-        for call, read, made in self.notes:
-            if made and read <= constant and not made & self.written:
-                constant |= made
-            else:
-                calls.append(call)
-        return calls
 
 
 def storages(values: object) -> set[int]:
@@ -125,7 +169,7 @@ def _without_dropout(op, args: tuple, kwargs: dict) -> bool:
     return "attention" in op.name() and given.get("dropout_p", 0.0) == 0.0
 
 
-def _again(op, args: tuple, kwargs: dict, result: object) -> Callable[[], object]:
+def again(op, args: tuple, kwargs: dict, result: object) -> Callable[[], object]:
     """A call that computes `op` into the tensors of `result`."""
     if isinstance(result, Tensor):
         for function in (binding(op), out_variant(op)):

@@ -98,11 +98,23 @@ class S4D(Mixer):
             state.record("h", functools.partial(self._mix, cu_seqlens=None), x)
         if x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
             refuse_steps("S4D's decoding")
-            h = state.writable("h")
-            h.mul_(a.exp().to(h.dtype)).addcmul_(b, x[:, 0, :, None].to(h.dtype))
-            return 2 * (h * c).sum(dim=-1).real[:, None] + skip
+            return _step(x[:, 0], a.exp().to(b.dtype), b, c, state.writable("h"))[:, None] + skip
         start = None if state is None else state["h"].clone()  # which is written below
         y, last = scan_texts(x, a, b, c, start, cu_seqlens, output_final_state=state is not None)
         if state is not None:
             state.write("h", last)
         return y + skip
+
+
+def _step(x: Tensor, decay: Tensor, b: Tensor, c: Tensor, h: Tensor) -> Tensor:
+    """2 Re(C h) of x `[B, D]`, in real numbers: a compiler of tensor operations knows no others."""
+    straight, crossed = torch.stack([decay.real] * 2, dim=-1), torch.stack([-decay.imag, decay.imag], dim=-1)
+    b, c, h = (_flat(torch.view_as_real(y)) for y in (b, c.conj().resolve_conj(), h))
+    swapped = h.index_select(-1, torch.arange(h.shape[-1], device=h.device) ^ 1)  # each imaginary part first
+    h.mul_(_flat(straight)).addcmul_(swapped, _flat(crossed)).addcmul_(b, x[..., None])
+    return 2 * (h * c).sum(dim=-1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[..., N / 2, 2]` as `[..., N]`, in the same memory."""
+    return x.view(*x.shape[:-2], -1)

@@ -6,6 +6,7 @@ from compare import assert_close
 
 from lm_zoo import DecodeStep, ZooConfig, ZooForCausalLM, pack_weights
 from lm_zoo.decode import WARM_UP, CudaGraph
+from lm_zoo.packing import packed
 from lm_zoo.tape import Tape
 
 STEPS = WARM_UP + 5
@@ -76,6 +77,24 @@ def test_packed_weights_keep_values_and_are_one_copy(make_model, tmp_path):
     model.save_pretrained(tmp_path)
     again = ZooForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
+
+
+def test_packed_weights_with_the_same_input_are_one_product(make_model, tokens):
+    counts = []
+    for model in (make_model("gla"), pack_weights(make_model("gla"))):
+        _, step = run(model, read_prompt(model, tokens(1, 5)), tokens(1, STEPS), stepwise=True)
+        names = [getattr(call.func, "__name__", "") for call in step._runs[0].calls]
+        counts.append(names.count("bmm"))
+    # Of a layer: q, k, v, gate and the decay's first map, its second one, o, the MLP's two, and its last.
+    assert counts == [3 * 10 + 1, 3 * 5 + 1]
+
+
+def test_packed_weights_in_another_place_are_packed_no_more(make_model):
+    model = pack_weights(make_model("gla"))
+    weight = model.model.layers[0].mixer.q_proj.weight
+    assert packed(weight).shape[0] > weight.shape[0]
+    model.float()
+    assert packed(model.model.layers[0].mixer.q_proj.weight) is None
 
 
 def test_tied_weights_stay_tied(tokens):
