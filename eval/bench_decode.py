@@ -1,8 +1,8 @@
 """How decoding depends on the context, for every mixer and the transformer: speed, time to the first token, memory.
 
-Each is a model of 12 layers and hidden size 512 with its weights packed and its steps recorded. All models of one
-context and batch size take their steps in turn, and so does a plain read of memory, so that a drift of the machine's
-speed meets all of them alike; the numbers are medians, the ratios medians of the ratios within a turn.
+Each is a model of 12 layers and hidden size 512 with its weights packed and its steps recorded, and on request compiled
+as well. All of one context and batch size take their steps in turn, each after a plain read of memory, so that a drift
+of the machine's speed meets all of them alike; the numbers are medians, the ratios medians of the ratios within a turn.
 
 The speed of a step does not depend on the values in a state, so that a context is not read for it: keys and values of
 as many tokens are filled in. The time to the first token is that of reading random tokens, in pieces.
@@ -51,6 +51,7 @@ def bench_decode(
     turns: int,
     limits: Limits,
     say: Callable[[str], None],
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Decoding speeds and times to the first token, what was skipped, and where the transformer falls behind."""
     mixers, contexts = list(mixers), sorted(contexts)
@@ -58,7 +59,7 @@ def bench_decode(
     decoding, reading, skipped = [], [], []
     for batch in batches:
         for context in contexts:
-            rows, left_out = decode_point(models, context, batch, turns, limits)
+            rows, left_out = decode_point(models, context, batch, turns, limits, compile)
             decoding += rows
             skipped += left_out
             say(f"batch {batch}, context {context:,}: " + ", ".join(map(in_words, rows)))
@@ -82,13 +83,14 @@ def bench_decode(
     }
 
 
+@torch.inference_mode(False)  # or no one could tell whether its parameters change
 def make_model(mixer: str, **options: Any) -> ZooForCausalLM:
     torch.manual_seed(0)
     return pack_weights(ZooForCausalLM(ZooConfig(**SIZES, mixers={mixer: {}}, **options)).eval())
 
 
 def decode_point(
-    models: dict[str, ZooForCausalLM], context: int, batch: int, turns: int, limits: Limits
+    models: dict[str, ZooForCausalLM], context: int, batch: int, turns: int, limits: Limits, compile: bool
 ) -> tuple[list[dict], list[dict]]:
     """Decoding `batch` texts after `context` tokens each, all models in turn."""
     steps, sizes, skipped = {}, {}, []
@@ -99,26 +101,30 @@ def decode_point(
             reason = f"its state of {needed / 2**30:.1f} GiB is over the limit of {limits.bytes / 2**30:.1f}"
             skipped.append({"what": "decoding", "mixer": mixer, "batch": batch, "context": context, "reason": reason})
             continue
-        cache = cache_at(model, context, batch)
-        sizes[mixer], steps[mixer] = needed, DecodeStep(model, cache)
-        for _ in range(WARM_UP + 1):
-            steps[mixer](token)
-    seconds: dict[str, list[float]] = {mixer: [] for mixer in steps}
-    memory, reads = torch.ones(READ), []
+        sizes[mixer] = needed
+        for compiled in (False, True) if compile and mixer != TRANSFORMER else (False,):
+            step = DecodeStep(model, cache_at(model, context, batch), compile=compiled)
+            for _ in range(WARM_UP + 1):
+                step(token)
+            steps[mixer, compiled] = step
+    seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
+    memory, reads = torch.ones(READ), {key: [] for key in steps}
     for _ in range(turns):
-        memory.sum()  # the first read after a step over gigabytes is slow
-        reads.append(timed(memory.sum))
-        for mixer, step in steps.items():
-            seconds[mixer].append(timed(lambda step=step: step(token)))
+        for key, step in steps.items():
+            memory.sum()  # the first read after a step over gigabytes is slow
+            reads[key].append(timed(memory.sum))
+            seconds[key].append(timed(lambda step=step: step(token)))
     rows = []
-    for mixer, taken in seconds.items():
+    for (mixer, compiled), taken in seconds.items():
         row = {"mixer": mixer, "batch": batch, "context": context, "seconds_per_step": median(taken)}
         row |= {"tokens_per_second": batch / median(taken), "state_bytes": sizes[mixer]}
-        if TRANSFORMER in seconds:
-            row["times_the_transformer"] = ratio(seconds[TRANSFORMER], taken)
+        if compiled:
+            row |= {"compiled": True, "times_recorded": ratio(seconds[mixer, False], taken)}
+        if (TRANSFORMER, False) in seconds:
+            row["times_the_transformer"] = ratio(seconds[TRANSFORMER, False], taken)
         if batch == 1:
-            least = [weight_bytes(models[mixer]) / memory.nbytes * read for read in reads]
-            row["share_of_bandwidth"] = ratio(least, taken)
+            share = weight_bytes(models[mixer]) / memory.nbytes
+            row["share_of_bandwidth"] = share * ratio(reads[mixer, compiled], taken)
         rows.append(row)
     return rows, skipped
 
@@ -187,7 +193,8 @@ def read_contexts(
 def crossovers(rows: list[dict]) -> list[dict]:
     """For each mixer and batch size the shortest measured context from which on the transformer is slower."""
     found = []
-    compared = [row for row in rows if "times_the_transformer" in row and row["mixer"] != TRANSFORMER]
+    recorded = [row for row in rows if "compiled" not in row]
+    compared = [row for row in recorded if "times_the_transformer" in row and row["mixer"] != TRANSFORMER]
     for mixer, batch in dict.fromkeys((row["mixer"], row["batch"]) for row in compared):
         mine = [row for row in compared if (row["mixer"], row["batch"]) == (mixer, batch)]
         slower = [row["context"] for row in mine if row["times_the_transformer"] <= 1]
@@ -216,16 +223,16 @@ def against_transformers(turns: int, length: int = 2048) -> dict[str, Any]:
     token = ids[:, :1]
     decode = {"ours": lambda: step(token), "theirs": lambda: theirs(token, cache_params=cache, use_cache=True)}
     found = {"parameters": {"ours": ours.num_parameters(), "theirs": theirs.num_parameters()}, "prompt": length}
-    for name, calls, rounds in (("decode", decode, 4 * turns), ("prefill", prompt, max(3, turns // 3))):
+    for what, calls, rounds in (("decode", decode, 4 * turns), ("prefill", prompt, max(3, turns // 3))):
         for call in calls.values():
-            for _ in range(WARM_UP + 2 if name == "decode" else 1):
+            for _ in range(WARM_UP + 2 if what == "decode" else 1):
                 call()
         taken = {who: [] for who in calls}
         for _ in range(rounds):
             for who, call in calls.items():
                 taken[who].append(timed(call))
-        found[name] = {who: median(seconds) for who, seconds in taken.items()}
-        found[name]["ratio"] = ratio(taken["theirs"], taken["ours"])
+        found[what] = {who: median(seconds) for who, seconds in taken.items()}
+        found[what]["ratio"] = ratio(taken["theirs"], taken["ours"])
     return found
 
 
@@ -241,7 +248,12 @@ def ratio(numerators: Iterable[float], denominators: Iterable[float]) -> float:
 
 
 def in_words(row: dict) -> str:
-    return f"{row['mixer']} {row['tokens_per_second']:.0f}/s"
+    share = f" ({row['share_of_bandwidth']:.0%} of the memory's)" if "share_of_bandwidth" in row else ""
+    return f"{name(row)} {row['tokens_per_second']:.0f}/s{share}"
+
+
+def name(row: dict) -> str:
+    return row["mixer"] + ", compiled" * row.get("compiled", False)
 
 
 def free_memory() -> int:
@@ -256,8 +268,8 @@ def tables(report: dict) -> Iterator[str]:
         rows = [row for row in report["decoding"] if row["batch"] == batch]
         yield f"| batch {batch}, tokens/s after | " + " | ".join(f"{context:,}" for context in contexts) + " |"
         yield "| --- |" + " ---: |" * len(contexts)
-        for mixer in dict.fromkeys(row["mixer"] for row in rows):
-            speeds = {row["context"]: row["tokens_per_second"] for row in rows if row["mixer"] == mixer}
+        for mixer in dict.fromkeys(map(name, rows)):
+            speeds = {row["context"]: row["tokens_per_second"] for row in rows if name(row) == mixer}
             cells = [f"{speeds[context]:,.0f}" if context in speeds else "" for context in contexts]
             yield f"| {mixer} | " + " | ".join(cells) + " |"
         yield ""

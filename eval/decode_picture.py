@@ -24,7 +24,7 @@ def draw_decoding(report: dict[str, Any], picture: Path) -> None:
     )
     for line, (part, key, label) in zip(panels, kinds, strict=True):
         for axes, batch in zip(line, batches, strict=True):
-            rows = [row for row in report[part] if row["batch"] == batch]
+            rows = [row for row in report[part] if row["batch"] == batch and "compiled" not in row]
             for mixer in dict.fromkeys(row["mixer"] for row in rows):
                 mine = [
                     (r["context"], r[key] / (2**20 if key == "state_bytes" else 1)) for r in rows if r["mixer"] == mixer

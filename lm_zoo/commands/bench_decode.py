@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", nargs="+", type=positive, default=CONTEXTS, metavar="N", help="tokens before")
     parser.add_argument("--batches", nargs="+", type=positive, default=BATCHES, metavar="B", help="texts at a time")
     parser.add_argument("--turns", type=positive, default=15, metavar="N", help="how often each is timed (15)")
+    parser.add_argument("--compile", action="store_true", help="measure compiled steps too; needs a C++ compiler")
     parser.add_argument(
         "--seconds", type=non_negative, default=10, metavar="S", help="skip contexts that take longer to read (10)"
     )
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     size = 0.75 * free_memory() if arguments.gigabytes is None else arguments.gigabytes * 2**30
     limits = Limits(bytes=int(size), seconds=arguments.seconds)
     options = {"turns": arguments.turns, "limits": limits, "say": lambda text: print(text, flush=True)}
-    report = bench_decode(mixers, arguments.contexts, arguments.batches, **options)
+    report = bench_decode(mixers, arguments.contexts, arguments.batches, compile=arguments.compile, **options)
     if "mamba2" in mixers:
         report["mamba2_of_transformers"] = found = against_transformers(arguments.turns)
         for name in ("decode", "prefill"):

@@ -40,6 +40,19 @@ def test_a_row_for_every_point(tmp_path, capsys):
     assert "| batch 2, tokens/s after | 16 | 300 |" in capsys.readouterr().out
 
 
+def test_compiled_steps_beside_the_recorded_ones(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lm_zoo.decode.check_compiler", lambda: None)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    code, numbers, _ = run(tmp_path, "--compile")
+    assert code == 0
+    report = json.loads(numbers.read_text())
+    compiled = {(row["mixer"], row["batch"], row["context"]) for row in report["decoding"] if row.get("compiled")}
+    assert compiled == {("gla", batch, context) for batch in (1, 2) for context in (16, 300)}
+    assert len(report["decoding"]) == 12
+    assert all(row["times_recorded"] > 0 for row in report["decoding"] if row.get("compiled"))
+    assert "| gla, compiled |" in capsys.readouterr().out
+
+
 def test_what_is_too_large_or_too_slow_is_left_out(tmp_path, capsys):
     code, numbers, _ = run(tmp_path, "--gigabytes", "0.0005", "--seconds", "1e-9")
     assert code == 0
