@@ -1,7 +1,8 @@
-"""What the ranks of `train/test_tensor_parallel.py` do: `ranks_of_a_cut.py OUT TENSOR`, as by torchrun.
+"""What the ranks of `train/test_tensor_parallel.py` do: `ranks_of_a_cut.py OUT rows|sequence TENSOR`, by torchrun.
 
-A model with every mixer, cut over TENSOR ranks and sharded over the others, against the same model in one process:
-parameters, loss, gradients, logits with a cache, and what is told of its layers. The differences go into OUT, as JSON.
+A model with every mixer, cut over TENSOR ranks and sharded over the others, which have a row each or share one, against
+the same model in one process: parameters, loss, gradients, logits with a cache, and what is told of its layers. The
+differences go into OUT, as JSON.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from lm_zoo.config import ZooConfig
 from lm_zoo.eval.flops import flops_per_token
 from lm_zoo.eval.layer_statistics import layer_statistics
+from lm_zoo.kernels.sequence_parallel import sequence_parallel
 from lm_zoo.model import ZooForCausalLM
 from lm_zoo.train.sharded_init import sharded_model
 from lm_zoo.train.tensor_parallel import cut_model
@@ -70,7 +72,7 @@ def difference_of_layers(model: ZooForCausalLM, whole: ZooForCausalLM, ids: Tens
     return largest
 
 
-def main(out: Path, tensor: int) -> None:
+def main(out: Path, shared: str, tensor: int) -> None:
     dist.init_process_group("gloo")
     torch.set_default_dtype(torch.float64)
     data = dist.get_world_size() // tensor
@@ -87,9 +89,16 @@ def main(out: Path, tensor: int) -> None:
     torch.manual_seed(0)
     whole = ZooForCausalLM(new_config())
     held = sum(part.to_local().numel() for part in model.parameters()) / whole.num_parameters()
-    ids, row = texts(data), mesh.get_coordinate()[0]
-    loss = model(ids[row : row + 1], labels=ids[row : row + 1], z_loss=0.01).loss
-    loss.backward()
+    ids = texts(data if shared == "rows" else 1)
+    if shared == "rows":
+        own = ids.chunk(data)[mesh.get_coordinate()[0]]
+        loss = model(own, labels=own, z_loss=0.01).loss
+        loss.backward()
+    else:
+        with sequence_parallel(mesh["data"], form="ring") as group:
+            own = group.segment(ids)
+            loss = model(own, labels=own, z_loss=0.01).loss
+            (data * loss).backward()
     expected = whole(ids, labels=ids, z_loss=0.01).loss
     expected.backward()
     dist.all_reduce(loss := loss.detach(), group=mesh["data"].get_group())
@@ -112,4 +121,4 @@ def main(out: Path, tensor: int) -> None:
 
 
 if __name__ == "__main__":
-    as_by_torchrun(lambda: main(Path(sys.argv[1]), int(sys.argv[2])))
+    as_by_torchrun(lambda: main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

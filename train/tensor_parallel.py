@@ -168,17 +168,17 @@ def check_cuts(config: ZooConfig, ranks: int) -> None:
     for name, mixer in _mixers(config).items():
         if (cut := mixer.cut()) is not None:
             for owner, count in _owners(mixer, cut.counts):
-                _check_even(getattr(owner, count), f"{count} of mixers['{name}']", ranks)
+                _check_even(ranks, getattr(owner, count), count, f" of mixers['{name}']")
             for parameter, value in mixer.named_parameters():
                 placement, sizes = _place(parameter, cut)
-                sizes = sizes if isinstance(placement, Replicate) else (value.shape[placement.dim],)
-                _check_even(sizes, f"channels of {parameter} of mixers['{name}']", ranks)
-    _check_even(config.intermediate_size, "intermediate_size", ranks)
+                sizes = sizes if isinstance(placement, Replicate) else value.shape[placement.dim]
+                _check_even(ranks, sizes, "size", f" of {parameter} of mixers['{name}']")
+    _check_even(ranks, config.intermediate_size, "intermediate_size")
 
 
 def check_vocabulary(config: ZooConfig, ranks: int) -> None:
     """The same for the vocabulary, which may be the tokenizer's."""
-    _check_even(config.vocab_size, "vocab_size", ranks)
+    _check_even(ranks, config.vocab_size, "vocab_size")
 
 
 def describe_cuts(config: ZooConfig, ranks: int) -> str:
@@ -195,6 +195,7 @@ def _mixers(config: ZooConfig) -> dict[str, Mixer]:
         return {name: config.build_mixer(name) for name in dict.fromkeys(config.pattern)}
 
 
-def _check_even(value: int | tuple[int, ...], name: str, ranks: int) -> None:
+def _check_even(ranks: int, value: int | tuple[int, ...], name: str, where: str = "") -> None:
     if any(number % ranks for number in (value if isinstance(value, tuple) else (value,))):
-        raise UserError(f"parallel.tensor={ranks} does not divide {name}={value}; give a divisor, or another model")
+        line = f"parallel.tensor={ranks} does not divide {name}={value}{where}"
+        raise UserError(f"{line}; give a divisor, or another model")
