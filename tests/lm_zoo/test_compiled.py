@@ -28,6 +28,10 @@ def interpreted(monkeypatch):
 
 def compare(model, tokens, batch, tolerance):
     """Steps of a compiled model and its forward passes, and the states after them; the step."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which is 0 at first
+            parameter.data.normal_(generator=generator)
     cache = model.init_cache(batch)
     with torch.no_grad():
         model(tokens(batch, 7), past_key_values=cache)
@@ -57,10 +61,9 @@ def test_the_graphs_equal_the_forward_pass(model, tokens, batch, packed, interpr
 
 @imports_inductor
 @has_compiler
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.slow
-def test_compiled_steps_equal_the_forward_pass(model, tokens, batch):
-    compare(model, tokens, batch, 1e-10)
+def test_compiled_steps_equal_the_forward_pass(model, tokens):
+    compare(model, tokens, 1, 1e-10)
 
 
 @imports_inductor
