@@ -8,12 +8,16 @@ given up, is run again with launches that do nothing but compile, and then for g
     @compiles_at_once
     def op(x): ...
 
-Such an op may write to nothing but its results.
+Such an op may write to nothing but its results. What is called after it, its backward pass, can be rehearsed along:
+
+    @compiles_at_once(then=lambda arguments, results: op_backward(results[0], *arguments))
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 # What a launch does about a kernel that is not compiled: "compile" it, "give up" the call, or "rehearse": have it
 # compiled in the background, and launch nothing.
@@ -24,9 +28,14 @@ class NotCompiled(Exception):
     """Ends the attempt to run an op."""
 
 
-def compiles_at_once(op: Callable) -> Callable:
+def compiles_at_once(op: Callable | None = None, *, then: Callable[[tuple, Any], object] | None = None) -> Callable:
+    if op is None:
+        return functools.partial(compiles_at_once, then=then)
+
     @functools.wraps(op)
     def run(*arguments, **options):
+        if stage.get() == "rehearse":  # along with another op
+            return op(*arguments, **options)
         outside = stage.set("give up")
         try:
             return op(*arguments, **options)
@@ -34,18 +43,23 @@ def compiles_at_once(op: Callable) -> Callable:
             pass
         finally:
             stage.reset(outside)
-        _rehearse(lambda: op(*arguments, **options))
+        with _rehearsal():
+            results = op(*arguments, **options)
+            if then is not None:
+                then(arguments, results)
+            del results
         return op(*arguments, **options)  # compiles what is still missing, or raises what is wrong with it
 
     return run
 
 
-def _rehearse(call: Callable[[], object]) -> None:
+@contextmanager
+def _rehearsal() -> Iterator[None]:
     from lm_zoo.kernels.triton_kernel import compile_in_background  # by now, Triton is there
 
     outside = stage.set("rehearse")
     try:
         with compile_in_background():
-            call()
+            yield
     finally:
         stage.reset(outside)

@@ -36,7 +36,7 @@ from triton.runtime.jit import JITFunction
 from lm_zoo import kernels as ops
 from lm_zoo.kernels import backends
 from lm_zoo.kernels.linear_attention.triton_passes import launch
-from lm_zoo.kernels.triton_kernel import Kernel
+from lm_zoo.kernels.triton_kernel import Kernel, take_newer_assembler
 
 SIZES = (64, 128, 256)
 # Name of the target, what Triton calls it, and the class of its launch parameters (`launch.py`).
@@ -284,6 +284,7 @@ def compile_cases(targets: list[str], sizes: list[int], dtype: torch.dtype, only
     def compile_only(kernel, grid, arguments, constants) -> None:
         if only not in (name := name_of(kernel)):
             return
+        take_newer_assembler(driver.active.get_current_target().arch)
         compiled = kernel.run(*arguments, grid=grid, warmup=True, **constants)  # compiles, and runs nothing
         key = name, driver.active.name, size
         if (*key, compiled.hash) not in seen:

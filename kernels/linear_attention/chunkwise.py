@@ -45,8 +45,14 @@ def _split(segment, heads: int, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else segment.split(x, heads) for x in tensors]
 
 
+def _rehearse_backward(arguments: tuple, results: tuple[Tensor, ...]) -> None:
+    *inputs, scale, save, backend = arguments
+    if save:
+        chunkwise_backward(results[0], None, *inputs, *results[2:], scale, backend)
+
+
 @op("linear_attention")
-@compiles_at_once
+@compiles_at_once(then=_rehearse_backward)
 def chunkwise_forward(
     q: Tensor,
     k: Tensor,

@@ -26,8 +26,14 @@ def why_not_triton(A: Tensor) -> str | None:
     return None if size <= MAX_STATE_SIZE else f"selective_scan takes up to N = {MAX_STATE_SIZE} states, A has {size}"
 
 
+def _rehearse_backward(arguments: tuple, results: tuple[Tensor, ...]) -> None:
+    *inputs, save, backend = arguments
+    if save:
+        selective_scan_backward(results[0], None, *inputs, results[2], backend)
+
+
 @op("selective_scan")
-@compiles_at_once
+@compiles_at_once(then=_rehearse_backward)
 def selective_scan_forward(
     x: Tensor,
     dt: Tensor,

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 SETUP = """
+import os
 import threading
 import torch, triton
 import triton.language as tl
@@ -99,13 +100,65 @@ op(torch.zeros(30))
 assert len(launched) == 4 + 3, "given up at the second kernel, rehearsed, and run"
 double_kernel[(1,)](y.half(), y, 100, BLOCK=16)
 assert len(threads) == 2 and len(compiled) == 3, "outside of an op a kernel is compiled where it is launched"
+
+@compiles_at_once
+def follow(x):
+    double_kernel[(7,)](x, x, len(x), BLOCK=32)
+
+@compiles_at_once(then=lambda arguments, results: follow(results))
+def lead(x):
+    y = torch.empty_like(x)
+    copy_kernel[(7,)](x, y, len(x), 3, 0.5, None, BLOCK=32)
+    return y
+
+compiled.clear(), launched.clear()
+y = lead(torch.zeros(100))
+assert sorted(compiled) == ["copy_kernel", "double_kernel"], "what follows is compiled along"
+assert [name for name, *_ in launched] == ["copy_kernel"], "and is not run"
+follow(y)
+assert len(compiled) == 2 and [name for name, *_ in launched] == ["copy_kernel", "double_kernel"]
+"""
+
+TOOLS = """
+tools = triton.knobs.nvidia
+older, newer = tools.ptxas.path, tools.ptxas_blackwell.path
+assert older != newer
+triton_kernel.TRITON_VERSION = 3, 9
+triton_kernel.take_newer_assembler(90)
+assert tools.ptxas.path == older, "Triton 3.9 sees to it itself"
+triton_kernel.TRITON_VERSION = 3, 6
+triton_kernel.take_newer_assembler(80)
+assert tools.ptxas.path == older, "another GPU"
+triton_kernel.take_newer_assembler.cache_clear()
+os.environ["TRITON_PTXAS_PATH"] = older
+triton_kernel.take_newer_assembler(90)
+assert tools.ptxas.path == older, "the user's choice"
+triton_kernel.take_newer_assembler.cache_clear()
+del os.environ["TRITON_PTXAS_PATH"]
+copy_kernel[(1,)](torch.zeros(9), torch.zeros(9), 9, 3, 0.5, None, BLOCK=16)
+assert tools.ptxas.path == newer, "a launch on Hopper"
+
+import importlib.util, tempfile
+with tempfile.TemporaryDirectory() as folder, triton_kernel.compile_in_background():
+    source = os.path.join(folder, "answer.c")
+    with open(source, "w") as file:
+        file.write('#include <Python.h>\\nstatic struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "answer"};\\n'
+                   'PyMODINIT_FUNC PyInit_answer(void) { return PyModule_Create(&module); }\\n')
+    library = triton.knobs.build.impl("answer", source, folder, [folder], [folder], ["m", "libm.so.6"])
+    spec = importlib.util.spec_from_file_location("answer", library)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+assert triton.knobs.build.impl is None
+triton.knobs.build.impl = print
+with triton_kernel.compile_in_background():
+    assert triton.knobs.build.impl is print, "the user's choice"
 """
 
 
-@pytest.mark.parametrize("script", [KEYS, FIRST_CALL], ids=["keys", "first call"])
+@pytest.mark.parametrize("script", [KEYS, FIRST_CALL, TOOLS], ids=["keys", "first call", "tools"])
 def test_kernels_are_compiled_once_for_arguments_that_are_alike(tmp_path, script):
     path = tmp_path / "script.py"  # a file: Triton reads the source of a kernel
     path.write_text(SETUP + script)
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    environment.pop("TRITON_PTXAS_PATH", None)
     done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
