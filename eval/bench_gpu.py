@@ -231,6 +231,7 @@ def first_calls() -> dict[str, float]:
             command = [sys.executable, "-m", "lm_zoo.eval.bench_gpu", "--first-call", op]
             printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         found[op] = float(printed.split()[-1])
+    print("first call, seconds:", {op: round(seconds, 2) for op, seconds in found.items()})
     return found
 
 
@@ -269,6 +270,19 @@ def print_rows(rows: list[Row]) -> None:
         print(f"geometric mean of {len(ratios)} ratios: {geometric_mean(ratios):.2f}, least: {min(ratios):.2f}")
 
 
+def measure_all(shapes: list[Shape], ops: tuple[str, ...]) -> list[dict]:
+    rows = [row for shape in shapes for row in measure(shape, ops)]
+    print_rows(rows)
+    return [asdict(row) for row in rows]
+
+
+def versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "triton": triton.__version__}
+    if importlib.util.find_spec("fla") is not None:
+        found["flash-linear-attention"] = importlib.metadata.version("flash-linear-attention")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lm_zoo.eval.bench_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write what was found to this file")
@@ -280,31 +294,18 @@ def main() -> None:
     if arguments.first_call:
         print(first_call(arguments.first_call))
         return
-    limits = ceilings()
-    print(torch.cuda.get_device_name(), {name: round(value) for name, value in limits.items()}, flush=True)
-    rows = []
-    for shape in SHAPES:
-        rows += measure(shape, tuple(arguments.ops))
-    print_rows(rows)
-    sweep = []
-    for length in LENGTHS:
-        sweep += measure((TOKENS // length, length, SWEEP_H, SWEEP_D), tuple(arguments.ops))
-    print_rows(sweep)
-    first = first_calls()
-    print("first call, seconds:", {op: round(seconds, 2) for op, seconds in first.items()})
-    if arguments.json:
-        rival = "flash-linear-attention"
-        versions = {"torch": torch.__version__, "triton": triton.__version__}
-        if importlib.util.find_spec("fla") is not None:
-            versions[rival] = importlib.metadata.version(rival)
-        found = {
-            "device": torch.cuda.get_device_name(),
-            "versions": versions,
-            "ceilings": limits,
-            "first_call_s": first,
-        }
-        found |= {"shapes": [asdict(row) for row in rows], "lengths": [asdict(row) for row in sweep]}
-        write_json(arguments.json, found)
+    found = {"device": torch.cuda.get_device_name(), "versions": versions(), "ceilings": ceilings()}
+    print(found["device"], {name: round(value) for name, value in found["ceilings"].items()}, flush=True)
+    sweep = [(TOKENS // length, length, SWEEP_H, SWEEP_D) for length in LENGTHS]
+    parts = {
+        "shapes": lambda: measure_all(SHAPES, tuple(arguments.ops)),
+        "first_call_s": first_calls,
+        "lengths": lambda: measure_all(sweep, tuple(arguments.ops)),
+    }
+    for part, measured in parts.items():
+        found[part] = measured()
+        if arguments.json:  # after each part: a lease may end before the last
+            write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

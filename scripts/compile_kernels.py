@@ -338,7 +338,7 @@ def print_table(reports: list[Report]) -> None:
 
 def write(path: Path, reports: list[Report], made_with: dict[str, str]) -> None:
     """Into a file of the same versions and dtype if there is one: it keeps what was not compiled this time."""
-    rows = [asdict(r) for r in reports]
+    rows = [{name: x for name, x in asdict(r).items() if name != "refilled_early"} for r in reports]  # it is 0
     if path.exists():
         before = json.loads(path.read_text())
         if {name: before[name] for name in made_with} == made_with:
