@@ -21,7 +21,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Those that are not sharded, and those sharded over each mesh: what tensor parallelism cuts lies on another one.
 
-    Operations on lists of tensors take them of one kind only. In the same order in all processes.
+    Most operations on lists of tensors take those of one kind only. In the same order in all processes.
     """
     kinds: dict[DeviceMesh | None, list[Tensor]] = {}
     for tensor in tensors:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lm_zoo.train.gradients import by_mesh
-
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: singular values end between 0.7 and 1.2
 NEWTON_SCHULZ_STEPS = 5
 ELEMENTS_AT_A_TIME = 2**26  # of the matrices that are orthogonalised together
@@ -73,9 +71,7 @@ class AdamWMuon(torch.optim.Optimizer):
     def _step_adamw(self) -> None:
         """torch's own step over our groups and our state: it holds none itself."""
         groups = [group for group in self.param_groups if not group["muon"] and group["params"]]
-        self._adamw.param_groups = [
-            {**self._adamw_defaults, **group, "params": alike} for group in groups for alike in by_mesh(group["params"])
-        ]
+        self._adamw.param_groups = [{**self._adamw_defaults, **group} for group in groups]
         self._adamw.state = self.state
         self._adamw.found_inf = None if self.skip is None else self.skip.float()
         self._adamw.step()
