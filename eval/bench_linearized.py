@@ -134,6 +134,8 @@ def speeds(name: str, contexts: tuple[int, ...], turns: int) -> dict[tuple[str, 
 def growth(name: str, kind: str, contexts: tuple[int, ...]) -> list[int | None]:
     """By how many bytes this process holds more after each context than after the first."""
     model = models(name)[kind]
+    for _ in range(16):  # until the allocator has what a call takes, which comes over several calls
+        read(model, empty_cache(model), READ_AT_ONCE)
     cache, seen, resident = empty_cache(model), 0, []
     for context in contexts:
         read(model, cache, context - seen)
