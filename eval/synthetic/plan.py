@@ -51,7 +51,6 @@ class Budget:
     hidden_sizes: tuple[int, ...] = (64,)
     convolution: int | None = None  # its tokens; every other block, from the first, is then a `GatedConvolution`
     whole: tuple[str, ...] = ()  # variants that keep their mixer in every block even so
-    layers: dict[str, int] = field(default_factory=dict)  # of a variant that wants another number than the model's
     seeds: int = 3
     batch_size: int = 32
     steps: int | None = None
@@ -127,8 +126,6 @@ class Plan:
             training["convolution"] = None
         options = {"type": mixer} | self.mixers[mixer]
         model = self.model | self.budget.model
-        if mixer in self.budget.layers:
-            model |= {"num_hidden_layers": self.budget.layers[mixer]}
         return Run(self.task, self.sizes, mixer, options, hidden_size, model, learning_rate, seed, training)
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def write_report(plan: Plan, results: dict[str, Result], folder: Path, *, minute
         "against": plan.against,
         "published": plan.published,
         "chance": chance(plan),
-        "tests": [part_name(part) for part in plan.budget.test],
+        "tests": part_names(plan.budget.test),
         "lengths": [part["length"] for part in plan.budget.test],
         "settings": asdict(plan.budget) | {"sizes": plan.sizes, "model": plan.model | plan.budget.model},
         "mixers": plan.mixers,
@@ -107,10 +108,14 @@ def earlier_minutes(path: Path) -> float:
     return json.loads(path.read_text(encoding="utf-8"))["minutes"] if path.exists() else 0.0
 
 
-def part_name(part: dict[str, Any]) -> str:
-    """What a part of the test is called: its length, and sizes of its own."""
-    sizes = [f"{key} {value}" for key, value in part.items() if key not in ("length", "count")]
-    return ", ".join([f"{part['length']:,} tokens", *sizes])
+def part_names(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """What the parts of a test are called: their lengths, and the sizes in which they differ."""
+
+    def name(part: dict[str, Any]) -> str:
+        own = [key for key in part if key not in ("length", "count") and any(p.get(key) != part[key] for p in parts)]
+        return ", ".join([f"{part['length']:,} tokens", *(f"{key} {part[key]}" for key in own)])
+
+    return [name(part) for part in parts]
 
 
 def chance(plan: Plan) -> float:
@@ -127,7 +132,7 @@ def command(plan: Plan) -> str:
 
 
 def _line(run: Run, result: Result, plan: Plan) -> dict[str, Any]:
-    tests = zip(plan.budget.test, result["accuracy"], strict=True)
+    tests = zip(part_names(plan.budget.test), result["accuracy"], strict=True)
     return {
         "mixer": run.mixer,
         "hidden_size": run.hidden_size,
@@ -136,7 +141,7 @@ def _line(run: Run, result: Result, plan: Plan) -> dict[str, Any]:
         "seed": run.seed,
         **{key: result[key] for key in ("parameters", "state", "steps", "seconds", "loss")},
         "validation": round(score(result), 4),
-        **{part_name(part): accuracy for part, accuracy in tests},
+        **dict(tests),
     }
 
 
@@ -151,7 +156,7 @@ def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def table(plan: Plan, rows: list[dict[str, Any]]) -> str:
     """The medians over the seeds, one line for each row; tabs between columns where nobody looks."""
-    head = ["mixer", "d", "layers", "state", "lr", "seeds", *(part_name(part) for part in plan.budget.test)]
+    head = ["mixer", "d", "layers", "state", "lr", "seeds", *part_names(plan.budget.test)]
     lines = [head]
     for row in rows:
         values = [row["mixer"], str(row["hidden_size"])]

@@ -12,7 +12,7 @@ from lm_zoo.cli import main
 from lm_zoo.errors import UserError
 from lm_zoo.eval.synthetic import sweep as sweeps
 from lm_zoo.eval.synthetic.plan import Run, parse_mixer, plan_names, read_plan
-from lm_zoo.eval.synthetic.report import write_report
+from lm_zoo.eval.synthetic.report import part_names, write_report
 from lm_zoo.eval.synthetic.training import Batches, Learner, train
 
 TINY = {
@@ -89,10 +89,18 @@ class TestPlans:
         assert len({run.name, *(other.name for other in others)}) == 4
         assert tiny({"jobs": 3, "minutes": 2}).run("negative", 16, 0.01, 0).name == run.name
 
-    def test_a_variant_may_have_layers_of_its_own(self, tiny):
-        plan = tiny({"layers": {"negative": 3}})
-        layers = [plan.run(mixer, 16, 0.01, 0).config().num_hidden_layers for mixer in plan.mixers]
-        assert layers == [3, 1]
+    def test_a_variant_may_keep_its_mixer_in_every_block(self, tiny):
+        plan = tiny({"convolution": 3, "whole": ["negative"]}, ["negative", "negative:num_heads=1", "attention"])
+        sizes = [plan.run(mixer, 16, 0.01, 0).training["convolution"] for mixer in plan.mixers]
+        assert sizes == [None, None, 3]
+
+    def test_parts_are_named_by_what_differs(self):
+        parts = [
+            {"length": 64, "count": 9, "pairs": 4, "vocabulary": 512},
+            {"length": 1024, "count": 8, "vocabulary": 512},
+        ]
+        assert part_names(parts) == ["64 tokens, pairs 4", "1,024 tokens"]
+        assert part_names(parts[:1]) == ["64 tokens"]
 
 
 class TestWhatIsDue:
