@@ -222,7 +222,7 @@ linearize({teacher!r}, spec, data=data, output={output!r}, prompt="the state", m
 """
 
 
-@pytest.mark.parametrize("killed_in", ["transfer", "recover"])
+@pytest.mark.parametrize("killed_in", ["transfer", pytest.param("recover", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_the_uninterrupted_run(start, tmp_path, killed_in) -> None:
     save_teacher(tmp_path / "teacher")
     spec = small_spec(transfer=stage(4, accumulate=2), recover=stage(3, kl=1.0, train_mixers=True))
