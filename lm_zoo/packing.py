@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lm_zoo.causal_lm import CausalLM
 
 ROWS = 4  # up to so many, a product W x is quicker than x W^T
+FEW = 2**17  # numbers of a matrix; with fewer, waking other threads takes longer than they save
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def _product(x: Tensor, weight: Tensor) -> tuple[Tensor, list[Callable[[], objec
     For a few rows, MKL's product runs on one thread; products with parts of W run on all, each on a part of its own.
     """
     rows, (columns, size) = len(x), weight.shape
-    parts = math.gcd(columns, 2 * torch.get_num_threads())
+    parts = math.gcd(columns, 2 * torch.get_num_threads()) if weight.numel() > FEW else 1
     weight = weight.view(parts, -1, size)
     result = x.new_empty(rows, columns)
     if rows <= ROWS:

@@ -49,7 +49,6 @@ def test_the_cases_launch_every_kernel_in_the_tree(tmp_path):
 @pytest.mark.parametrize(
     ("target", "only", "instruction"),
     [
-        ("cuda:90", "chunk_gradients_kernel", "HGMMA"),
         ("cuda:80", "key_scores_kernel", "HMMA"),
         pytest.param("cuda:90", "chunk_", "HGMMA", marks=pytest.mark.slow),
         pytest.param("cuda:80", "", "HMMA", marks=pytest.mark.slow),

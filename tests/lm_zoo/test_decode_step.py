@@ -4,12 +4,18 @@ import pytest
 import torch
 from compare import assert_close
 
-from lm_zoo import DecodeStep, ZooConfig, ZooForCausalLM, pack_weights
+from lm_zoo import DecodeStep, ZooConfig, ZooForCausalLM, pack_weights, packing
 from lm_zoo.decode import WARM_UP, CudaGraph
 from lm_zoo.packing import packed
 from lm_zoo.tape import Tape
 
 STEPS = WARM_UP + 5
+
+
+@pytest.fixture(autouse=True)
+def products_in_parts(monkeypatch):
+    """As those of large models: the models here are so small that none of theirs would be split among threads."""
+    monkeypatch.setattr(packing, "FEW", 0)
 
 
 def run(model, cache, ids, stepwise):

@@ -55,7 +55,10 @@ def copy(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Te
     return tokens, torch.cat([torch.full((batch, LENGTH + 1), -100), letters], dim=1)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+QUICK = ("gla", "deltanet", "hgrn", "mamba2", "attention")  # one of each kind of recurrence
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MIXERS])
 def test_recalls_a_letter(name, make_model):
     accuracy = train(make_model(name, torch.float32, **SIZES), recall, patience=250)
     assert accuracy > 0.8, f"{accuracy:.0%} right; guessing is right {CHANCE:.0%} of the time"
