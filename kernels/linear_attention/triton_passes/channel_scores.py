@@ -60,11 +60,11 @@ def channel_scores_backward(
     scale: float,
     dq: Tensor,
     dk: Tensor,
-    dG: Tensor,
+    dG: Tensor | None,
     segment: Segment,
 ) -> None:
-    """Adds to dq, dk and dG, float32 and one per value head. Of dA_qk what is above the diagonal is not looked at, of
-    dA_kk what is on it neither."""
+    """Adds to dq, dk and, if there is one, dG, float32 and one per value head. Of dA_qk what is above the diagonal is
+    not looked at, of dA_kk what is on it neither."""
     (H, K), HV = k.shape[2:], G.shape[2]
     block, warps, stages = launch("channel_scores_backward_kernel", q, K)
     channel_scores_backward_kernel[segment.chunks, HV, blocks(K, block)](
@@ -150,7 +150,7 @@ def channel_scores_backward_kernel(
     head = tl.program_id(1)
     shared_head = head // (HV // H)
     q, k, G = q + start * H * K, k + start * H * K, G + start * HV * K
-    dq, dk, dG = dq + start * HV * K, dk + start * HV * K, dG + start * HV * K
+    dq, dk = dq + start * HV * K, dk + start * HV * K
     i = tl.arange(0, C)
     channel = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     queries = load_tokens(q, i, length, shared_head, H, channel, K)
@@ -187,7 +187,9 @@ def channel_scores_backward_kernel(
         dG_tile -= columns * early
     dq_tile += load_tokens(dq, i, length, head, HV, channel, K)
     dk_tile += load_tokens(dk, i, length, head, HV, channel, K)
-    dG_tile += load_tokens(dG, i, length, head, HV, channel, K)
     store_tokens(dq, dq_tile, i, length, head, HV, channel, K)
     store_tokens(dk, dk_tile, i, length, head, HV, channel, K)
-    store_tokens(dG, dG_tile, i, length, head, HV, channel, K)
+    if dG is not None:
+        dG += start * HV * K
+        dG_tile += load_tokens(dG, i, length, head, HV, channel, K)
+        store_tokens(dG, dG_tile, i, length, head, HV, channel, K)
