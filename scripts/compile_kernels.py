@@ -137,17 +137,16 @@ def backward(outputs: tuple | torch.Tensor) -> None:
 
 def linear_attention_cases(size: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     T, H, HV = 200, 1, 2
-    decays = {"none": None, "token": (1, T, HV), "channel": (1, T, HV, size)}
-    for decay, delta, packed in itertools.product(decays, (False, True), (False, True)):
+    decays = [(None, False), *itertools.product([(1, T, HV), (1, T, HV, size)], (True, False))]
+    for (gates, learned), delta, packed in itertools.product(decays, (False, True), (False, True)):
 
-        def call(decay=decay, delta=delta, packed=packed) -> None:
-            gates = None if decays[decay] is None else draw(*decays[decay], dtype=torch.float32)
+        def call(gates=gates, learned=learned, delta=delta, packed=packed) -> None:
             cu_seqlens = torch.tensor([0, 70, T]) if packed else None
             backward(
                 ops.linear_attention(
                     *(draw(1, T, H, size, dtype=dtype) for _ in range(2)),
                     draw(1, T, HV, size, dtype=dtype),
-                    gates,
+                    None if gates is None else draw(*gates, dtype=torch.float32, grad=learned),
                     draw(1, T, HV, dtype=dtype) if delta else None,
                     initial_state=draw(2 if packed else 1, HV, size, size, dtype=torch.float32),
                     output_final_state=True,

@@ -33,8 +33,10 @@ BLOCKS = {
     "chunk_states_kernel, per channel": (16, 32, 64),
     "chunk_states_backward_kernel": (16, 32, 64),
     "chunk_states_backward_kernel, per channel": (16, 32, 64),
+    "chunk_states_backward_kernel, additive": (16, 32, 64),
+    "chunk_states_backward_kernel, additive, per channel": (16, 32, 64),
     "chunk_output_kernel": (64, 128),
-    "chunk_output_backward_kernel": (32, 64),
+    "chunk_output_backward_kernel": (64, 128),
     "chunk_gradients_kernel": (32, 64),
     "delta_apply_kernel": (32, 64, 128),
     "delta_transform_backward_kernel": (32, 64),
@@ -43,11 +45,13 @@ BLOCKS = {
     "channel_scores_backward_kernel": (16, 32, 64),
 }
 # By size of a head. At 128 an H200 found them to be faster, before they were checked; one more reached outside its
-# memory there, and is not to be adopted before somebody knows why: (64, 8, 2) of chunk_states_backward_kernel. At 256
-# they look best on paper (docs/kernels.md).
+# memory there, and is not to be adopted before somebody knows why: (64, 8, 2) of chunk_states_backward_kernel. Those of
+# its additive form, which was not there yet, and all at 256 look best on paper (docs/kernels.md).
 TILES = {
     "chunk_states_kernel, per channel": [(64, 4, 2)],
     "chunk_states_backward_kernel, per channel": [(64, 8, 1)],
+    "chunk_states_backward_kernel, additive": [(64, 4, 2), (64, 8, 2)],
+    "chunk_states_backward_kernel, additive, per channel": [(64, 4, 2), (64, 8, 2)],
     "chunk_gradients_kernel": [(64, 4, 2), (64, 8, 2)],
     "delta_transform_backward_kernel": [(64, 8, 1), (64, 4, 1)],
     "channel_scores_kernel": [(32, 4, 1)],
@@ -58,8 +62,9 @@ PROMISING = {
     128: TILES,
     256: {
         "chunk_states_kernel": [(32, 4, 2), (64, 8, 2)],
-        "chunk_states_backward_kernel": [(64, 8, 2), (64, 8, 1)],
-        "chunk_output_backward_kernel": [(64, 8, 2)],
+        "chunk_states_backward_kernel, additive": [(32, 4, 2), (64, 8, 2)],
+        "chunk_states_backward_kernel, additive, per channel": [(64, 8, 2)],
+        "chunk_output_backward_kernel": [(64, 4, 2), (128, 8, 2)],
         "chunk_gradients_kernel": [(64, 8, 2), (64, 4, 2)],
         "delta_transform_backward_kernel": [(64, 8, 1)],
         "channel_scores_backward_kernel": [(32, 4, 1)],
@@ -95,17 +100,20 @@ def passes_of(decay: str, delta: bool, shape: tuple[int, ...], size: int) -> dic
     per_channel = ", per channel" * (decay == "channel")
     calls["chunk_states_kernel" + per_channel] = lambda: passes.chunk_states(k, u, w, G, state, segment)
     calls["chunk_output_kernel"] = lambda: passes.chunk_output(q, k, v_new, G, A_qk, states, scale, segment)
-    dv = passes.chunk_output_backward(do, q, k, G, A_qk, scale, segment)
-    calls["chunk_output_backward_kernel"] = lambda: passes.chunk_output_backward(do, q, k, G, A_qk, scale, segment)
+    dv = torch.randn_like(do) if delta else None  # what is in it takes no time
     dstates = passes.chunk_states_backward(do, dv, state.clone(), q, k, w, G, scale, segment)
-    key = "chunk_states_backward_kernel" + per_channel
+    key = "chunk_states_backward_kernel" + ", additive" * (not delta) + per_channel
     calls[key] = lambda: passes.chunk_states_backward(do, dv, state, q, k, w, G, scale, segment)
-    gradients = (do, dv, q, k, v_new, G, states, dstates, scale, segment)
-    dq, dk, dw, dG, _, dA_qk = passes.chunk_gradients(*gradients, delta=delta)
-    calls["chunk_gradients_kernel"] = lambda: passes.chunk_gradients(*gradients, delta=delta)
+    output = (do, q, k, G, A_qk, None if delta else dstates, scale, segment)
+    du = passes.chunk_output_backward(*output)
+    calls["chunk_output_backward_kernel"] = lambda: passes.chunk_output_backward(*output)
+    gradients = (do, du, q, k, v_new, G, states, dstates, scale, segment)
+    wanted = {"delta": delta, "decay_gradient": G is not None}
+    dq, dk, dw, dG, _, dA_qk = passes.chunk_gradients(*gradients, **wanted)
+    calls["chunk_gradients_kernel"] = lambda: passes.chunk_gradients(*gradients, **wanted)
     dA_kk = None
     if delta:
-        transform = (dv, dw, T_delta, u, w, k, v, G, beta, A_kk, dk, dG, segment)
+        transform = (du, dw, T_delta, u, w, k, v, G, beta, A_kk, dk, dG, segment)
         dA_kk = passes.delta_transform_backward(*transform)[0]
         calls["delta_transform_backward_kernel"] = lambda: passes.delta_transform_backward(*transform)
     if decay == "channel":

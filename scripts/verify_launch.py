@@ -37,13 +37,14 @@ PASSES = {  # that launch a kernel
     "delta_transform_backward_kernel": "delta_transform_backward",
     "channel_scores_backward_kernel": "chunk_scores_backward",
 }
+DECAY_GRADIENT = ("chunk_gradients", "delta_transform_backward", "chunk_scores_backward")  # have it if it is wanted
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 4e-3}  # rounding alone is a third of it
 LENGTH, MODEL = 333, {"T": 2048, "B": 2, "H": 16, "HV": 16}
 
 
 def variants(key: str) -> Iterator[tuple[str, bool]]:
     """The decays and updates that take the entry under `key`."""
-    kernel, _, per_channel = key.partition(", ")
+    kernel, *kinds = key.split(", ")
     for decay in ("none", "scalar", "channel"):
         for delta in (False, True):
             if kernel in ("key_scores_kernel", "delta_apply_kernel", "delta_transform_backward_kernel") and not delta:
@@ -52,7 +53,9 @@ def variants(key: str) -> Iterator[tuple[str, bool]]:
                 continue
             if kernel.startswith("channel_scores") and decay != "channel":
                 continue
-            if (kernel + ", per channel", "large") in TABLE and (decay == "channel") != bool(per_channel):
+            if (kernel + ", per channel", "large") in TABLE and (decay == "channel") != ("per channel" in kinds):
+                continue
+            if (kernel + ", additive", "large") in TABLE and delta == ("additive" in kinds):
                 continue
             yield decay, delta
 
@@ -68,9 +71,9 @@ def use(key: str, size: int, entry: Launch) -> None:
     TABLE[key, name] = (TABLE.get((key, name)) or TABLE[key, "large"]) | {size: entry}
 
 
-def check(name: str, decay: str, delta: bool, dtype: torch.dtype, **shape: int) -> tuple[float, bool]:
+def check(name: str, decay: str, delta: bool, dtype: torch.dtype, **options: int) -> tuple[float, bool]:
     """The largest relative error of what the pass returns and writes, and whether it does so twice."""
-    twins = Twins(decay, delta, dtype=dtype, **shape)
+    twins = Twins(decay, delta, dtype=dtype, **options)
     twins.advance_to(name)
     expected, actual, again = twins.expected(name), twins.found(name), twins.found(name)
     found = {key: x for key, x in actual.items() if x is not None}
@@ -98,7 +101,11 @@ def main() -> int:
     lengths = {"T": LENGTH, "H": 1, "HV": 2}
     cases = [(dtype, lengths | sizes) for dtype in TOLERANCES for sizes in ({"K": size, "V": size}, uneven(size))]
     cases.append((torch.bfloat16, MODEL | {"K": size, "V": size}))
+    if name in DECAY_GRADIENT:
+        cases += [(dtype, shape | {"decay_gradient": False}) for dtype, shape in cases]
     for (decay, delta), (dtype, shape) in itertools.product(variants(arguments.key), cases):
+        if decay == "none" and "decay_gradient" in shape:
+            continue
         error, same = check(name, decay, delta, dtype, **shape)
         right = error < TOLERANCES[dtype] and same
         wrong += not right

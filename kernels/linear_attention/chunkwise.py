@@ -46,9 +46,9 @@ def _split(segment, heads: int, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _rehearse_backward(arguments: tuple, results: tuple[Tensor, ...]) -> None:
-    *inputs, scale, save, backend = arguments
+    *inputs, scale, save, decay_gradient, backend = arguments
     if save:
-        chunkwise_backward(results[0], None, *inputs, *results[2:], scale, backend)
+        chunkwise_backward(results[0], None, *inputs, *results[2:], scale, decay_gradient, backend)
 
 
 @op("linear_attention")
@@ -63,9 +63,13 @@ def chunkwise_forward(
     cu_seqlens: Tensor | None,
     scale: float,
     save: bool,
+    decay_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the final states, and if `save`, A_qk, A_kk and T as `[B, T, HV, C]` (empty where they do not exist)."""
+    """o, the final states, and if `save`, A_qk, A_kk and T as `[B, T, HV, C]` (empty where they do not exist).
+
+    `decay_gradient` says what is to come: whether the backward pass will be asked for the gradient of log_decay.
+    """
     passes = _passes(backend)
     heads, delta = v.shape[2], beta is not None
     chunks = passes.cut(q, v, cu_seqlens)
@@ -90,7 +94,7 @@ def chunkwise_forward(
 
 
 @chunkwise_forward.register_fake
-def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, save, backend):
+def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, save, decay_gradient, backend):
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtypes = _passes(backend).saved_dtypes(q, log_decay, beta) if save else [None] * 3
     shape = (*v.shape[:3], CHUNK_LENGTH)
@@ -114,9 +118,11 @@ def chunkwise_backward(
     A_kk: Tensor,
     T: Tensor,
     scale: float,
+    decay_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dlog_decay, dbeta and dinitial_state (empty for an input that is `None`)."""
+    """dq, dk, dv, dlog_decay, dbeta and dinitial_state (empty for an input that is `None`, and dlog_decay also unless
+    `decay_gradient`)."""
     passes = _passes(backend)
     heads, delta = v.shape[2], beta is not None
     chunks = passes.cut(q, v, cu_seqlens)
@@ -135,7 +141,7 @@ def chunkwise_backward(
 
     for segment in reversed(chunks.segments):
         parts = _split(segment, heads, do, *inputs, *saved)
-        found = _segment_backward(passes, segment, dstate, *recomputed.pop(), *parts, scale)
+        found = _segment_backward(passes, segment, dstate, *recomputed.pop(), *parts, scale, decay_gradient)
         for i, (gradient, x) in enumerate(zip(found, inputs, strict=True)):
             if gradient is not None:
                 gradients[i] = segment.join(gradient, gradients[i], x.shape[2], x.dtype)
@@ -144,31 +150,36 @@ def chunkwise_backward(
 
 
 def _segment_backward(
-    passes, segment, dstate, G, u, w, states, v_new, do, q, k, v, log_decay, beta, A_qk, A_kk, T, scale
+    passes, segment, dstate, G, u, w, states, v_new, do, q, k, v, log_decay, beta, A_qk, A_kk, T, scale, decay_gradient
 ):
     """The passes backwards over one segment: dq, dk, dv, dlog_decay and dbeta; dstate is carried back in place."""
     delta = beta is not None
-    dv = passes.chunk_output_backward(do, q, k, G, A_qk, scale, segment)
-    dstates = passes.chunk_states_backward(do, dv, dstate, q, k, w, G, scale, segment)
+    if delta:  # what a chunk writes depends on its state, so dS on dv', which becomes du
+        dv = passes.chunk_output_backward(do, q, k, G, A_qk, None, scale, segment)
+        dstates = passes.chunk_states_backward(do, dv, dstate, q, k, w, G, scale, segment)
+    else:
+        dstates = passes.chunk_states_backward(do, None, dstate, q, k, w, G, scale, segment)
+        dv = passes.chunk_output_backward(do, q, k, G, A_qk, dstates, scale, segment)
     dq, dk, dw, dG, dg, dA_qk = passes.chunk_gradients(
-        do, dv, q, k, v_new, G, states, dstates, scale, segment, delta=delta
+        do, dv, q, k, v_new, G, states, dstates, scale, segment, delta=delta, decay_gradient=decay_gradient
     )
     dA_kk = dbeta = None
     if delta:
         dA_kk, dv, dbeta = passes.delta_transform_backward(dv, dw, T, u, w, k, v, G, beta, A_kk, dk, dG, segment)
     passes.chunk_scores_backward(dA_qk, dA_kk, q, k, G, A_qk, A_kk, scale, dq, dk, dG, segment)
-    dg = None if G is None else passes.cumulative_decay_backward(dG, dg, log_decay, segment)
+    dg = None if dG is None else passes.cumulative_decay_backward(dG, dg, log_decay, segment)
     return dq, dk, dv, dg, dbeta
 
 
 @chunkwise_backward.register_fake
-def _(do, dfinal_state, q, k, v, log_decay, beta, initial_state, cu_seqlens, A_qk, A_kk, T, scale, backend):
-    inputs = (q, k, v, log_decay, beta, initial_state)
+def _(do, dfinal_state, q, k, v, log_decay, beta, initial_state, *others):
+    *_, decay_gradient, _ = others
+    inputs = (q, k, v, log_decay if decay_gradient else None, beta, initial_state)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, scale, _, backend = inputs
+    *tensors, scale, _, _, backend = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.scale, ctx.backend = scale, backend
     ctx.set_materialize_grads(False)
@@ -178,11 +189,12 @@ def _backward(ctx, do, dfinal_state, *_):
     q, k, v, log_decay, beta, initial_state, cu_seqlens, A_qk, A_kk, T = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     saved = (q, k, v, log_decay, beta, initial_state, cu_seqlens, A_qk, A_kk, T)
+    decay_gradient = ctx.needs_input_grad[3]
     with torch.autocast(q.device.type, enabled=False):  # a backward pass may be started inside one
-        gradients = chunkwise_backward(do, dfinal_state, *saved, ctx.scale, ctx.backend)
-    inputs = (q, k, v, log_decay, beta, initial_state)
+        gradients = chunkwise_backward(do, dfinal_state, *saved, ctx.scale, decay_gradient, ctx.backend)
+    inputs = (q, k, v, log_decay if decay_gradient else None, beta, initial_state)
     gradients = [None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)]
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 chunkwise_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -201,5 +213,5 @@ def linear_attention_chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Takes what `linear_attention` has checked; `log_decay` is per token or per key channel."""
     inputs = (q, k, v, log_decay, beta, initial_state)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return chunkwise_forward(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, save, backend)[:2]
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    return chunkwise_forward(*inputs, cu_seqlens, scale, any(wanted), wanted[3], backend)[:2]

@@ -97,7 +97,8 @@ def chunk_scores_backward(
     dG: Tensor | None,
     segment: Segment,
 ) -> None:
-    """Adds to dq, dk and dG. dA_qk is lower and dA_kk strictly lower triangular; both are overwritten."""
+    """Adds to dq, dk and dG, if there is one. dA_qk is lower and dA_kk strictly lower triangular; both are
+    overwritten."""
     delta = dA_kk is not None
     if G is not None and G.dim() == 4:
         # The diagonal does not depend on G. Kept apart, it cannot drown what does in q*dq - k*dk.
@@ -107,13 +108,15 @@ def chunk_scores_backward(
         rows = [q, k] if delta else [q]
         dscores = [dA_qk.mul_(scale).tril_(-1)] + ([dA_kk] if delta else [])
         drows, dcolumns = channel_scores_backward(dscores, rows, k, G)
-        for x, dx, total in zip(rows, drows, (dq, dk), strict=False):
+        for dx, total in zip(drows, (dq, dk), strict=False):
             total.add_(dx)
-            dG.addcmul_(x, dx)
         dk.add_(dcolumns)
-        dG.addcmul_(k, dcolumns, value=-1)
+        if dG is not None:
+            for x, dx in zip(rows, drows, strict=True):
+                dG.addcmul_(x, dx)
+            dG.addcmul_(k, dcolumns, value=-1)
         return
-    if G is not None:
+    if dG is not None:
         weight = dA_qk * A_qk
         if delta:
             weight.addcmul_(dA_kk, A_kk)
@@ -243,7 +246,7 @@ def chunk_states(
 
 def chunk_states_backward(
     do: Tensor,
-    dv_new: Tensor,
+    dv_new: Tensor | None,
     dstate: Tensor,
     q: Tensor,
     k: Tensor,
@@ -252,20 +255,20 @@ def chunk_states_backward(
     scale: float,
     segment: Segment,
 ) -> Tensor:
-    """The gradient of the state leaving each chunk; dv_new, from the chunk's outputs alone so far, becomes du.
+    """The gradient of the state leaving each chunk; dstate, that of the final states, becomes that of the initial ones.
 
-    dstate, the gradient of the final states, becomes that of the initial ones.
+    With the delta rule, dv_new, from the chunk's outputs alone so far, becomes du. Without, what is written does not
+    depend on the state: there is no w, and neither dv_new nor k is looked at.
     """
-    k_end, end = decay_to_end(k, G), end_decay(G, k.dtype)
+    end = end_decay(G, k.dtype)
     dstates = (decay_from_start(q, G).mT @ do).mul_(scale)  # of the states entering, from the outputs
     if w is None:
         for dS, dS_in, end_i in reversed(_per_step(segment.steps, dstate, dstates, end)):
             leaving = dS.clone()
             _carry(dS, end_i, dS_in)
             dS_in.copy_(leaving)
-        _add_product(dv_new, k_end, dstates)
         return dstates
-    chunked = (dstates, end, k_end, w.mT, dv_new)
+    chunked = (dstates, end, decay_to_end(k, G), w.mT, dv_new)
     for dS, dS_in, end_i, k_i, w_i, dv_i in reversed(_per_step(segment.steps, dstate, *chunked)):
         _add_product(dv_i, k_i, dS)
         leaving = dS.clone()
@@ -294,10 +297,20 @@ def chunk_output(
 
 
 def chunk_output_backward(
-    do: Tensor, q: Tensor, k: Tensor, G: Tensor | None, A_qk: Tensor, scale: float, segment: Segment
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    G: Tensor | None,
+    A_qk: Tensor,
+    dstates: Tensor | None,
+    scale: float,
+    segment: Segment,
 ) -> Tensor:
-    """dv', as far as the outputs of its own chunk go."""
-    return A_qk.mT @ do
+    """dv', and without dstates only what the outputs of its own chunk send to it."""
+    dv_new = A_qk.mT @ do
+    if dstates is not None:
+        _add_product(dv_new, decay_to_end(k, G), dstates)
+    return dv_new
 
 
 # ---- 4 and 5: back to q, k, w and the decays ----------------------------------------------------------------------
@@ -316,8 +329,10 @@ def chunk_gradients(
     segment: Segment,
     *,
     delta: bool,
+    decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """dq and dk as far as the states go, dw if `delta`, dG, dlog_decay and dA_qk (lower triangular).
+    """dq and dk as far as the states go, dw if `delta`, dG and dlog_decay if `decay_gradient`, and dA_qk (lower
+    triangular).
 
     What k_i leaves at the chunk's end passes the decays after i, so dlog_decay is a sum over i < t; by way of dG, terms
     of size 1 would have to cancel to leave one of size e^-50.
@@ -326,7 +341,7 @@ def chunk_gradients(
     dq = decay_from_start(do @ states.mT, G).mul_(scale)
     dk = decay_to_end(v_new @ dstates.mT, G)
     dw = (du @ states.mT).neg_() if delta else None
-    if G is None:
+    if not decay_gradient:
         return dq, dk, dw, None, None, dA_qk
     through = torch.linalg.vecdot(states, dstates) * end_decay(G, k.dtype).squeeze(-1)  # what passes the whole chunk
     through = through if G.dim() == 4 else through.sum(-1)

@@ -34,10 +34,11 @@ def make_inputs(decay, delta, *, T, B=2, H=2, HV=4, K=16, V=24, lowest=-1.0, res
     }
 
 
-def run(inputs, backend, dtype, **options):
+def run(inputs, backend, dtype, frozen=None, **options):
     """Outputs, final state and gradients of a random linear loss."""
     leaves = {
-        name: None if x is None else x.detach().to(dtype, copy=True).requires_grad_() for name, x in inputs.items()
+        name: None if x is None else x.detach().to(dtype, copy=True).requires_grad_(name != frozen)
+        for name, x in inputs.items()
     }
     o, state = linear_attention(**leaves, output_final_state=True, backend=backend, **options)
     generator = torch.Generator().manual_seed(1)
@@ -156,6 +157,20 @@ def test_the_op_changes_none_of_its_inputs():
         assert torch.equal(x[name].detach(), value), name
 
 
+@pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
+@pytest.mark.parametrize("decay", ["constant", "scalar", "channel"])
+def test_the_gradient_of_a_decay_is_formed_where_it_is_wanted(decay, delta, monkeypatch):
+    inputs = make_inputs(decay, delta, T=130)
+    expected = run(inputs, "torch", torch.float64)
+    assert expected["dlog_decay"] is not None
+    monkeypatch.setattr(torch_passes, "cumulative_decay_backward", None)
+    monkeypatch.setattr(torch_passes, "_decay_gradient", None)
+    found = run(inputs, "torch", torch.float64, frozen="log_decay")
+    assert found.pop("dlog_decay") is None
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]), name
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 @pytest.mark.parametrize(("decay", "delta"), [("none", False), ("scalar", True), ("channel", False)])
 def test_compiles_without_a_graph_break(decay, delta, packed):
@@ -182,10 +197,12 @@ def test_autocast_does_not_reach_inside():
         assert torch.equal(actual[name], value), name
 
 
-def test_custom_op_is_registered_faithfully():
+@pytest.mark.parametrize("learned", [False, True], ids=["decay given", "decay learned"])
+def test_custom_op_is_registered_faithfully(learned):
     x = make_inputs("scalar", True, T=70)
     arguments = [x[name].requires_grad_() for name in ("q", "k", "v", "log_decay", "beta", "initial_state")]
-    torch.library.opcheck(torch.ops.lm_zoo.linear_attention, (*arguments, None, 0.5, True, "torch"))
+    arguments[3].requires_grad_(learned)
+    torch.library.opcheck(torch.ops.lm_zoo.linear_attention, (*arguments, None, 0.5, True, learned, "torch"))
 
 
 def test_resets_forget_exactly():

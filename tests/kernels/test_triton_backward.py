@@ -7,6 +7,7 @@ from compare import assert_close
 from triton_twins import DECAYS, DEVICE, Twins, make_inputs
 
 from lm_zoo.kernels import linear_attention
+from lm_zoo.kernels.linear_attention import triton_passes
 
 UPDATES = pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
 EVERY_DECAY = pytest.mark.parametrize("decay", DECAYS)
@@ -26,9 +27,9 @@ SHAPES = {
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES)
 
 
-def twins_before(name, decay, delta, shape):
+def twins_before(name, decay, delta, shape, **options):
     """With what the passes before `name` have found."""
-    twins = Twins(decay, delta, **SHAPES[shape])
+    twins = Twins(decay, delta, **SHAPES[shape], **options)
     twins.advance_to(name)
     return twins
 
@@ -39,15 +40,19 @@ def compare(twins, name):
     for key, x in actual.items():
         if key in ("dA_qk", "dA_kk") and twins.decay != "channel":
             assert x is None, f"{key} is used up in {name}"
-        elif x is not None:
+        elif x is None:
+            assert expected[key] is None, f"{name}: {key}"
+        else:
             select = twins.order if key == "dstates" else slice(None)
             assert_close(x[select], expected[key][select], tolerance, f"{name}: {key}")
 
 
 @EVERY_SHAPE
 @EVERY_DECAY
-def test_chunk_output_backward(decay, shape):
-    twins = twins_before("chunk_output_backward", decay, False, shape)
+@UPDATES
+def test_chunk_output_backward(decay, delta, shape):
+    twins = twins_before("chunk_output_backward", decay, delta, shape)
+    assert (twins.values["dstates"] is None) == delta
     compare(twins, "chunk_output_backward")
 
 
@@ -74,6 +79,18 @@ def test_delta_transform_backward(decay, shape):
     compare(twins, "delta_transform_backward")
 
 
+@UPDATES
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_passes_without_a_gradient_of_the_decay(decay, delta):
+    twins = twins_before("chunk_gradients", decay, delta, "grouped", decay_gradient=False)
+    names = ["delta_transform_backward"] * delta + ["chunk_scores_backward"] * (decay == "channel")
+    for name in ["chunk_gradients", *names]:
+        found = twins.found(name)
+        assert {found[key] for key in ("dG", "dlog_decay") if key in found} == {None}
+        compare(twins, name)
+        twins.advance(name)
+
+
 # ---- the whole op ----
 
 
@@ -83,14 +100,14 @@ def draw_weights(inputs, dtype):
     return [torch.randn(shape, generator=generator).to(dtype).double().to(DEVICE) for shape in shapes]
 
 
-def gradients(inputs, weights, backend="triton", dtype=torch.float32, **options):
+def gradients(inputs, weights, backend="triton", dtype=torch.float32, frozen=None, **options):
     """Of a weighted sum of the outputs and the final states; decays and states stay in float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     leaves = {
         name: None if x is None else x.to(wide if name in ("log_decay", "initial_state") else dtype, copy=True)
         for name, x in inputs.items()
     }
-    arguments = {name: None if x is None else x.requires_grad_() for name, x in leaves.items()}
+    arguments = {name: None if x is None else x.requires_grad_(name != frozen) for name, x in leaves.items()}
     found = linear_attention(**arguments, output_final_state=True, backend=backend, **options)
     sum((x * weight).sum() for x, weight in zip(found, weights, strict=True) if weight is not None).backward()
     return {f"d{name}": x.grad for name, x in leaves.items() if x is not None}
@@ -163,6 +180,20 @@ def test_gradients_alone_and_among_others_are_bitwise_the_same(decay, delta):
     alone = gradients(dict(zip(inputs, second(inputs.values()), strict=True)), second(weights))
     for (name, x), part in zip(alone.items(), second(whole.values()), strict=True):
         assert torch.equal(x, part), name
+
+
+@UPDATES
+@pytest.mark.parametrize("decay", ["constant", "channel"])
+def test_the_gradient_of_a_decay_is_formed_where_it_is_wanted(decay, delta, monkeypatch):
+    inputs = make_inputs(decay, delta, T=66, HV=1, V=16)
+    weights = draw_weights(inputs, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_passes, "cumulative_decay_backward", None)  # nor is it called
+        found = gradients(inputs, weights, frozen="log_decay")
+    assert found.pop("dlog_decay") is None
+    expected = gradients(inputs, weights, "reference", torch.float64)
+    for name, x in found.items():
+        assert_close(x, expected[name], 1e-5, name)
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["outputs", "final state"])

@@ -172,9 +172,9 @@ def test_what_is_saved_is_what_the_compiler_is_told(decay, delta):
     names = ("q", "k", "v", "log_decay", "beta", "initial_state")
     inputs = make_inputs(decay, delta, T=5, dtype=torch.float16)
     arguments = [None if inputs[name] is None else inputs[name].half() for name in names]
-    saved = chunkwise_forward(*arguments, None, 0.5, True, "triton")
+    saved = chunkwise_forward(*arguments, None, 0.5, True, True, "triton")
     meta = [None if x is None else x.to("meta") for x in arguments]
-    for x, fake in zip(saved, chunkwise_forward(*meta, None, 0.5, True, "triton"), strict=True):
+    for x, fake in zip(saved, chunkwise_forward(*meta, None, 0.5, True, True, "triton"), strict=True):
         assert (x.shape, x.dtype) == (fake.shape, fake.dtype)
     kept = [x.numel() > 0 for x in saved[2:]]
     assert kept == [decay == "channel", decay == "channel" and delta, delta]

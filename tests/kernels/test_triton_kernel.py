@@ -119,6 +119,37 @@ follow(y)
 assert len(compiled) == 2 and [name for name, *_ in launched] == ["copy_kernel", "double_kernel"]
 """
 
+REHEARSAL = """
+from lm_zoo.kernels import backends, linear_attention
+from lm_zoo.kernels.first_call import NotCompiled, stage
+
+known = set()
+def launch(self, grid, *arguments, **constants):
+    kinds = [x.dtype if isinstance(x, torch.Tensor) else type(x) for x in arguments]
+    key = (self.__name__, *kinds, *constants.items())
+    if key not in known and stage.get() == "give up":
+        raise NotCompiled
+    known.add(key)
+
+triton_kernel.Kernel.launch = launch
+backends._why_not_triton = lambda x: None
+
+def draw(*shape, learned=True):
+    return torch.zeros(shape, requires_grad=learned)
+
+for decay in (None, (2,), (1, 70, 2), (1, 70, 2, 16)):
+    for learned in (True, False):
+        for beta in (None, draw(1, 70, 2)):
+            known.clear()
+            gates = None if decay is None else draw(*decay, learned=learned)
+            o, _ = linear_attention(*(draw(1, 70, 2, 16) for _ in range(3)), gates, beta, backend="triton")
+            rehearsed = set(known)
+            o.sum().backward()
+            assert known == rehearsed, (decay, learned, known - rehearsed)
+            summed_back = any(name == "cumulative_decay_backward_kernel" for name, *_ in known)
+            assert summed_back == (decay is not None and learned), "the gradient of a decay where it is wanted"
+"""
+
 TOOLS = """
 tools = triton.knobs.nvidia
 older, newer = tools.ptxas.path, tools.ptxas_blackwell.path
@@ -157,7 +188,9 @@ with triton_kernel.compile_in_background():
 """
 
 
-@pytest.mark.parametrize("script", [KEYS, FIRST_CALL, TOOLS], ids=["keys", "first call", "tools"])
+@pytest.mark.parametrize(
+    "script", [KEYS, FIRST_CALL, REHEARSAL, TOOLS], ids=["keys", "first call", "rehearsal", "tools"]
+)
 def test_kernels_are_compiled_once_for_arguments_that_are_alike(tmp_path, script):
     path = tmp_path / "script.py"  # a file: Triton reads the source of a kernel
     path.write_text(SETUP + script)

@@ -17,7 +17,7 @@ from lm_zoo.kernels.linear_attention.chunks import CHUNK_LENGTH
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DECAYS = ("none", "scalar", "channel")
 
-# What each pass returns, then what it writes to in place.
+# What each pass returns, then what it writes to in place; in the order in which the delta rule runs them.
 RESULTS = {
     "chunk_scores": (("A_qk", "A_kk"), ()),
     "delta_transform": (("T",), ()),
@@ -99,6 +99,7 @@ class Twins:
         *,
         cu_seqlens: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        decay_gradient: bool = True,
         **options,
     ) -> None:
         self.values = make_inputs(decay, delta, cu_seqlens=cu_seqlens, dtype=dtype, **options)
@@ -111,9 +112,9 @@ class Twins:
             "do": torch.randn(v.shape, generator=generator).to(q),
             "dstate": torch.randn(state.shape, generator=generator).to(q),
             "u": v,  # what the additive update writes
-            **dict.fromkeys(("w", "G", "A_kk", "dA_kk")),
+            **dict.fromkeys(("w", "G", "A_kk", "dA_kk", "dv_new", "dstates")),
         }
-        self.options = {"scale": 0.3, "delta": delta}
+        self.options = {"scale": 0.3, "delta": delta, "decay_gradient": log_decay is not None and decay_gradient}
         self.segment = triton_passes.cut(q.to(dtype), v.to(dtype), cu_seqlens)
         self.chunks = torch_passes.cut(q, v, cu_seqlens)
         (self.torch_segment,) = self.chunks.segments
@@ -154,19 +155,20 @@ class Twins:
         """Runs the torch pass and keeps what it found among the values."""
         found = self.torch_pass(name)
         self.values.update(found)
-        if name == "chunk_states_backward":
-            self.values["du"] = found["dv_new"]
+        self.values["du"] = self.values["dv_new"]
         return found
 
     def advance_to(self, name: str) -> None:
         """Runs all torch passes before this one."""
-        for before in RESULTS:
-            if before == name:
-                return
-            if self.delta or before not in DELTA_ONLY:
-                state = self.values["state"]
-                self.advance(before)
-                self.values["state"] = state  # the initial one, as the recomputing backward pass finds it
+        names = list(RESULTS)
+        if not self.delta:
+            names = [name for name in names if name not in DELTA_ONLY]
+            names.remove("chunk_states_backward")
+            names.insert(names.index("chunk_output_backward"), "chunk_states_backward")
+        for before in names[: names.index(name)]:
+            state = self.values["state"]
+            self.advance(before)
+            self.values["state"] = state  # the initial one, as the recomputing backward pass finds it
 
     def found(self, name: str) -> dict[str, Tensor]:
         """What the Triton pass returns and writes, without the scores that it forms itself."""

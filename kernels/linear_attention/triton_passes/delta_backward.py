@@ -37,8 +37,8 @@ def delta_transform_backward(
     dG: Tensor | None,
     segment: Segment,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dA_kk, dv, dbeta; adds to dk and dG. A_kk is read with a decay per channel alone; without one it is formed
-    here, and so is what dA_kk sends to dk and dG: then dA_kk is None."""
+    """dA_kk, dv, dbeta; adds to dk, and to dG if there is one. A_kk is read with a decay per channel alone; without one
+    it is formed here, and so is what dA_kk sends to dk and dG: then dA_kk is None."""
     H, K = k.shape[2:]
     HV, V = v.shape[2:]
     dv = torch.empty_like(v)
@@ -75,7 +75,9 @@ def delta_transform_backward_kernel(
     dw, w, dk, k = dw + start * HV * K, w + start * HV * K, dk + start * HV * K, k + start * H * K
     if G is not None:
         gates: tl.constexpr = K if PER_CHANNEL else 1  # of a token and head
-        G, dG = G + start * HV * gates, dG + start * HV * gates
+        G += start * HV * gates
+        if dG is not None:
+            dG += start * HV * gates
     strength = load_gates(beta + start * HV, i, length, head, HV)
     transform = load_channels(T_delta + start * HV * C, i, length, head, HV, i, C)  # T^T
 
@@ -114,14 +116,15 @@ def delta_transform_backward_kernel(
         dbeta_sum += tl.sum(dX * keys.to(tl.float32), axis=1)
         dk_tile = dX * strength[:, None]
         if PER_CHANNEL:
-            x = keys.to(tl.float32) * dk_tile
-            store_tokens(dG, load_tokens(dG, i, length, head, HV, row, K) + x, i, length, head, HV, row, K)
+            if dG is not None:
+                x = keys.to(tl.float32) * dk_tile
+                store_tokens(dG, load_tokens(dG, i, length, head, HV, row, K) + x, i, length, head, HV, row, K)
         else:
             dk_tile = dot(D, keys, dk_tile)
-            if G is not None:
+            if dG is not None:
                 dG_sum += tl.sum(keys.to(tl.float32) * dk_tile, axis=1)
             as_column = dot(tl.trans(D), keys)
-            if G is not None:
+            if dG is not None:
                 dG_sum -= tl.sum(keys.to(tl.float32) * as_column, axis=1)
             dk_tile += as_column
         dk_tile += load_tokens(dk, i, length, head, HV, row, K)

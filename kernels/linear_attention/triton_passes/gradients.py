@@ -35,9 +35,10 @@ def chunk_gradients(
     segment: Segment,
     *,
     delta: bool,
+    decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dq and dk per value head, dw if `delta`, dG, dlog_decay, and dA_qk if the decay is per channel. If it is not,
-    dA_qk is used up here: dq, dk and dG have its share.
+    """dq and dk per value head, dw if `delta`, dG and dlog_decay if `decay_gradient`, and dA_qk if the decay is per
+    channel. If it is not, dA_qk is used up here: dq, dk and dG have its share.
 
     dq and dk are in float32 where a later pass adds to them.
     """
@@ -47,7 +48,7 @@ def chunk_gradients(
     dq = q.new_empty(B, T, HV, K, dtype=torch.float32 if per_channel else q.dtype)
     dk = q.new_empty(B, T, HV, K, dtype=torch.float32 if per_channel or delta else q.dtype)
     dw = q.new_empty(B, T, HV, K) if delta else None
-    dG, dlog_decay = (None, None) if G is None else (torch.empty_like(G), torch.empty_like(G))
+    dG, dlog_decay = (torch.empty_like(G), torch.empty_like(G)) if decay_gradient else (None, None)
     dA_qk = q.new_empty(B, T, HV, C.value) if per_channel else None
     entry = launch("chunk_gradients_kernel", q, max(K, V))
     chunk_gradients_kernel[segment.chunks, HV](
@@ -87,7 +88,9 @@ def chunk_gradients_kernel(
         du, dw = du + start * HV * V, dw + start * HV * K
     if G is not None:
         gates: tl.constexpr = K if PER_CHANNEL else 1  # of a token and head
-        G, dG, dlog_decay = G + start * HV * gates, dG + start * HV * gates, dlog_decay + start * HV * gates
+        G += start * HV * gates
+        if dG is not None:
+            dG, dlog_decay = dG + start * HV * gates, dlog_decay + start * HV * gates
     PER_TOKEN: tl.constexpr = G is not None and not PER_CHANNEL
 
     D = score_gradients(do, v_new, i, length, head, HV, V, BLOCK_V)
@@ -100,6 +103,7 @@ def chunk_gradients_kernel(
     if PER_TOKEN:
         g, G_end = load_gates(G, i, length, head, HV), tl.load(G + last * HV + head)
         D *= tl.exp(tl.where(below, g[:, None] - g[None, :], 0.0))
+    if PER_TOKEN and dG is not None:
         dG_sum = tl.zeros([C], dtype=tl.float32)
         left = tl.zeros([C], dtype=tl.float32)  # k dk of the states
         through = 0.0  # e^{G_C} S dS: what passes the whole chunk
@@ -108,7 +112,7 @@ def chunk_gradients_kernel(
     for first in range(0, K, BLOCK_K):
         row = first + tl.arange(0, BLOCK_K)
         dq_tile, dk_tile, dw_tile, passed = state_gradients(
-            do, du, v_new, states, dstates, i, length, head, HV, row, K, V, BLOCK_V, dw is not None, G is not None
+            do, du, v_new, states, dstates, i, length, head, HV, row, K, V, BLOCK_V, dw is not None, dG is not None
         )
         if dw is not None:
             store_tokens(dw, -dw_tile, i, length, head, HV, row, K)
@@ -119,20 +123,22 @@ def chunk_gradients_kernel(
             g, G_end = load_tokens(G, i, length, head, HV, row, K), load_last(G, last, head, HV, row, K)
             dq_tile *= tl.exp(g)
             dk_tile *= tl.exp(G_end[None, :] - g)
-            passed *= tl.exp(G_end)
-            store_tokens(dG, queries.to(tl.float32) * dq_tile, i, length, head, HV, row, K)
-            left_before = tl.cumsum(keys.to(tl.float32) * dk_tile, axis=0) + passed[None, :]
-            store_tokens(dlog_decay, left_before, i + 1, length, head, HV, row, K)
-            tl.store(dlog_decay + head * K + row, passed, mask=row < tl.where(length > 0, K, 0))
+            if dG is not None:
+                passed *= tl.exp(G_end)
+                store_tokens(dG, queries.to(tl.float32) * dq_tile, i, length, head, HV, row, K)
+                left_before = tl.cumsum(keys.to(tl.float32) * dk_tile, axis=0) + passed[None, :]
+                store_tokens(dlog_decay, left_before, i + 1, length, head, HV, row, K)
+                tl.store(dlog_decay + head * K + row, passed, mask=row < tl.where(length > 0, K, 0))
         else:
             if PER_TOKEN:
                 dq_tile *= tl.exp(g)[:, None]
                 dk_tile *= tl.exp(G_end - g)[:, None]
+            if PER_TOKEN and dG is not None:
                 left += tl.sum(keys.to(tl.float32) * dk_tile, axis=1)
                 through += tl.sum(passed, axis=0) * tl.exp(G_end)
             dq_tile = dot(D, keys, dq_tile)
             dk_scores = dot(tl.trans(D), queries)
-            if PER_TOKEN:
+            if PER_TOKEN and dG is not None:
                 dG_sum += tl.sum(queries.to(tl.float32) * dq_tile, axis=1)
                 dG_sum -= tl.sum(keys.to(tl.float32) * dk_scores, axis=1)
             dq_tile += diagonal * keys.to(tl.float32)
@@ -140,7 +146,7 @@ def chunk_gradients_kernel(
         store_tokens(dq, dq_tile, i, length, head, HV, row, K)
         store_tokens(dk, dk_tile, i, length, head, HV, row, K)
 
-    if PER_TOKEN:
+    if PER_TOKEN and dG is not None:
         tl.store(dG + i * HV + head, dG_sum, mask=i < length)
         left_before = tl.cumsum(left, axis=0) + through
         tl.store(dlog_decay + (i + 1) * HV + head, left_before, mask=i + 1 < length)
@@ -161,9 +167,9 @@ def score_gradients(do, v_new, i, length, head, HV, V: tl.constexpr, BLOCK_V: tl
 @triton.jit
 def state_gradients(
     do, du, v_new, states, dstates, i, length, head, HV, row,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, DELTA: tl.constexpr, PASSED: tl.constexpr,
 ):  # fmt: skip
-    """dO S^T, v' dS^T, with DELTA du S^T, and with DECAY sum_v S dS, of the channels `row` of a key."""
+    """dO S^T, v' dS^T, with DELTA du S^T, and with PASSED sum_v S dS, of the channels `row` of a key."""
     dq = tl.zeros([i.shape[0], row.shape[0]], dtype=tl.float32)
     dk = tl.zeros([i.shape[0], row.shape[0]], dtype=tl.float32)
     dw = tl.zeros([i.shape[0], row.shape[0]], dtype=tl.float32)
@@ -178,7 +184,7 @@ def state_gradients(
         dk = dot(load_tokens(v_new, i, length, head, HV, column, V), tl.trans(dS), dk)
         if DELTA:
             dw = dot(load_tokens(du, i, length, head, HV, column, V), tl.trans(S), dw)
-        if DECAY:
+        if PASSED:
             # Loaded once more, and in another way, or it would be the same load. One that feeds a product and registers
             # gets too few buffers: on Hopper, Triton 3.6 to 3.9 loads the next tile over it under the product.
             S = tl.load(states + tile, mask=mask, other=0.0, cache_modifier=".cg")

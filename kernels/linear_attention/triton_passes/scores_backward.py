@@ -20,7 +20,7 @@ def chunk_scores_backward(
     dG: Tensor | None,
     segment: Segment,
 ) -> None:
-    """Adds to dq, dk and dG, with a decay per channel; without one, `chunk_gradients` and `delta_transform_backward`
-    form the scores themselves and have done so already."""
+    """Adds to dq, dk and dG, if there is one, with a decay per channel; without one, `chunk_gradients` and
+    `delta_transform_backward` form the scores themselves and have done so already."""
     if dA_qk is not None:
         channel_scores_backward(dA_qk, dA_kk, q, k, G, scale, dq, dk, dG, segment)
