@@ -202,7 +202,13 @@ def test_custom_op_is_registered_faithfully(learned):
     x = make_inputs("scalar", True, T=70)
     arguments = [x[name].requires_grad_() for name in ("q", "k", "v", "log_decay", "beta", "initial_state")]
     arguments[3].requires_grad_(learned)
-    torch.library.opcheck(torch.ops.lm_zoo.linear_attention, (*arguments, None, 0.5, True, learned, "torch"))
+    arguments += [None, 0.5, True, learned, "torch"]
+    torch.library.opcheck(torch.ops.lm_zoo.linear_attention, arguments)
+    o, _, *saved = torch.ops.lm_zoo.linear_attention(*arguments)
+    tensors, (scale, _, *options) = arguments[:7], arguments[7:]
+    arguments = [o, None, *tensors, *saved, scale, *options]
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(torch.ops.lm_zoo.linear_attention_backward, arguments)
 
 
 def test_resets_forget_exactly():
