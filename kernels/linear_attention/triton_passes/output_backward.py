@@ -17,7 +17,7 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 )
 from lm_zoo.kernels.triton_kernel import kernel
 
-# Launch.block: channels of V that a program takes. The work is that of `chunk_output`, with scores that stand transposed.
+# Launch.block: channels of V that a program takes. The work is that of `chunk_output`, on scores that stand transposed.
 TABLE["chunk_output_backward_kernel", "large"] = {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(128, 8, 2)}
 TABLE["chunk_output_backward_kernel", "hopper"] = {64: Launch(64, 4, 2), 128: Launch(128, 4, 2), 256: Launch(128, 4, 2)}
 TABLE["chunk_output_backward_kernel", "small"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)}
