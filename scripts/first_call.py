@@ -77,7 +77,7 @@ def calls() -> dict[str, Callable[[], object]]:
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
     def attention(gates: tuple[int, ...] | None, delta: bool) -> None:
-        decay = None if gates is None else draw(*gates, dtype=torch.float32)
+        decay = None if gates is None else draw(*gates, dtype=torch.float32).requires_grad_(len(gates) > 1)
         beta = draw(1, T, H) if delta else None
         ops.linear_attention(*(draw(1, T, H, D) for _ in range(3)), decay, beta)[0].float().sum().backward()
 
