@@ -5,14 +5,17 @@
     3 scan        each chunk from the state before it                                   (`scan_kernel`)
 
 Where no sequence is longer than a chunk there is the third alone. The states of a tile of tokens exist in registers
-only, `[TILE, N, BLOCK]`: channels run along lanes, and time lies within a lane wherever there are more states than
-lanes, so that a scan over it exchanges nothing. All exponents are <= 0.
+only, `[TILE, N, BLOCK]`: channels run along the lanes of one warp, and time lies within a lane, so that a scan over it
+exchanges nothing. With N = 16 a lane also has half of the states of a channel, or a quarter, and no warp waits for
+another. All exponents are <= 0.
 
-The backward pass needs nothing but the inputs. It does 1 and 2 again, and for the gradients of the states the other
-way, over chunks of one tile; then one kernel does the rest (`triton_backward.py`). Within a call it holds three buffers
-of N / TILE float32 numbers per token and channel: the states after the chunks, the gradients of those before them, and
-the products of decays, whose place the chunks' shares of dA take. dB and dC are sums over channels, and the shares of
-the groups of channels take another 2 N / GROUP numbers per token and channel.
+An exponential takes the unit that computes it as long as eight other instructions take to issue. So what counts is how
+often a kernel takes one per token, channel and state: once in each of 1 and 3.
+
+The backward pass needs nothing but the inputs. It does 1 and 2 again, in both directions from the same exponentials,
+and keeps the state before each tile as it would be if nothing came before the chunk; then one kernel does the rest
+(`triton_backward.py`), once more with one exponential. Within a call it holds N / 8 float32 numbers per token and
+channel for the tiles, 3 N / 128 for the chunks, and 2 N / GROUP for dB and dC, which are sums over groups of channels.
 """
 
 from typing import NamedTuple
@@ -36,11 +39,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-CHUNK = 128  # tokens, going forward
-FORWARD = Tile(16, 256, 4)
-# By the largest N, rounded up to a power of two: what fits without spills on compute capability 8.0 and 9.0. The tokens
-# are a chunk, too.
-BACKWARD = {16: Tile(16, 128, 4), 256: Tile(8, 256, 8)}
+CHUNK = 128  # tokens
+FORWARD = Tile(4, 256, 1)
 MAX_CHANNELS = 32  # of a program, where N is small
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -65,7 +65,7 @@ def selective_scan_forward(
     final_state = x.new_zeros(shape, dtype=torch.float32) if initial_state is None else initial_state.clone()
     carried = None
     if chunks.per_sequence > 1:
-        carried, products = summarize(dt, A, B, x, None, chunks, FORWARD, CHUNK=CHUNK, BACKWARD=False)
+        carried, products, *_ = summarize(dt, A, B, x, None, None, None, chunks, FORWARD)
         carry(carried, products, initial_state, chunks, REVERSE=False)
     y = torch.empty_like(x)
     scan_kernel[grid(A, FORWARD, chunks.count)](
@@ -100,16 +100,22 @@ def places(x: Tensor, A: Tensor, chunks: Chunks) -> tuple:
 
 
 def summarize(
-    dt: Tensor, A: Tensor, weights: Tensor, values: Tensor, z: Tensor | None, chunks: Chunks, tile: Tile,
-    *, CHUNK: int, BACKWARD: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What chunks add to the states, or to their gradients, and the products of their decays, `[chunks, N, D]`."""
-    added, products = (dt.new_empty(chunks.count, *A.mT.shape, dtype=torch.float32) for _ in range(2))
+    dt: Tensor, A: Tensor, B: Tensor, x: Tensor, C: Tensor | None, dy: Tensor | None, z: Tensor | None,
+    chunks: Chunks, tile: Tile,
+) -> list[Tensor | None]:  # fmt: skip
+    """What chunks add to the states, and the products of their decays, `[chunks, N, D]`. With dy, also what they add to
+    the gradients of the states, and for each tile the state before it `[tiles, N, D]`, if nothing came before the
+    chunk, and the sum of dt since then `[tiles, D]`."""
+    channels, size = A.shape
+    tiles = chunks.count * (CHUNK // tile.tokens)
+    shapes = [(chunks.count, size, channels)] * 2
+    if dy is not None:
+        shapes += [(chunks.count, size, channels), (tiles, size, channels), (tiles, channels)]
+    found = [dt.new_empty(shape, dtype=torch.float32) for shape in shapes] + [None] * (5 - len(shapes))
     summary_kernel[grid(A, tile, chunks.count)](
-        dt, A, weights, values, z, added, products, *places(dt, A, chunks),
-        BACKWARD=BACKWARD, CHUNK=CHUNK, **options(A, tile),
-    )  # fmt: skip
-    return added, products
+        x, dt, A, B, C, z, dy, *found, *places(dt, A, chunks), CHUNK=CHUNK, **options(A, tile)
+    )
+    return found
 
 
 def carry(states: Tensor, products: Tensor, border: Tensor | None, chunks: Chunks, *, REVERSE: bool) -> None:
@@ -122,9 +128,22 @@ def carry(states: Tensor, products: Tensor, border: Tensor | None, chunks: Chunk
 
 
 @triton.jit
-def load_tokens(pointer, token, D, channel, mask):
-    """`[TILE, BLOCK]` of x, dt, z or dy, 0 outside the mask; or of B or C, with D the number of states."""
-    return tl.load(pointer + token * D + channel, mask=mask, other=0.0).to(tl.float32)
+def locate(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK: tl.constexpr):
+    """The sequence of a chunk, its first token, how many it has, its place in the sequence, and whether it is the last.
+
+    Offsets of a chunk are 64-bit, offsets inside it 32-bit.
+    """
+    n, first, length, place = locate_chunk(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK)
+    start = tl.cast(place, tl.int64) * CHUNK
+    count = tl.cast(tl.maximum(tl.minimum(length - start, CHUNK), 0), tl.int32)
+    return n, first + start, count, place, length <= start + CHUNK
+
+
+@triton.jit
+def load_tokens(pointer, first, i, D, channel, mask):
+    """`[TILE, BLOCK]` of x, dt, z or dy, for the tokens i after `first`, 0 outside the mask; or of B or C, with D the
+    number of states."""
+    return tl.load(pointer + first * D + (i * D + channel), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -155,52 +174,69 @@ def load_border(carried, border, neighbour, n, at_border, offsets, inside, M):
     return state
 
 
+@triton.jit
+def scan_tile(decay, x, product, state):
+    """Products of decays up to each token of a tile, and its states, from those `[1, STATES, BLOCK]` before it."""
+    first = (tl.arange(0, x.shape[0]) == 0)[:, None, None]
+    x = tl.where(first, decay * state + x, x)
+    decay = tl.where(first, decay * product, decay)
+    return tl.associative_scan((decay, x), 0, compose)
+
+
+@triton.jit
+def last_of(x):
+    """The last row, `[1, ...]`: a sum with zeros, so exact."""
+    last = (tl.arange(0, x.shape[0]) == x.shape[0] - 1)[:, None, None]
+    return tl.sum(tl.where(last, x, 0.0), axis=0, keep_dims=True)
+
+
 @kernel
 def summary_kernel(
-    dt, A, weights, values, z, added, products, T, D, N, cu_seqlens, sequence_of, first_chunk,
-    BACKWARD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
+    x, dt, A, B, C, z, dy, added, products, dadded, inner, elapsed, T, D, N, cu_seqlens, sequence_of, first_chunk,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk adds to the state after it, with B and x, and the product of its decays:
+    """A chunk as the map h -> products h + added; with dy, also what it adds to the gradient of the state before it:
 
-        sum_t exp(A sum_{s > t} dt_s) B_t dt_t x_t        exp(A sum_t dt_t)
-
-    BACKWARD, what it adds to the gradient of the state before it, with C and dy:
-
-        sum_t exp(A sum_{s <= t} dt_s) C_t dy_t silu(z_t)
+    products = exp(A sum_t dt_t)        dadded = sum_t exp(A sum_{s <= t} dt_s) C_t dy_t silu(z_t)
     """
     blocks = tl.cdiv(D, BLOCK)
     chunk = tl.program_id(0) // blocks
     channel = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
     number = tl.arange(0, STATES)[None, :]
-    _n, first, length, place = locate_chunk(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK)
-    rates = load_A(A, D, N, channel, STATES) * LOG2_E
-    state = tl.zeros((STATES, BLOCK), tl.float32)
-    total = tl.zeros((1, BLOCK), tl.float32)
-    row = tl.arange(0, TILE)[:, None]
-    for step in range(0, CHUNK, TILE):
-        begin = place * CHUNK + (CHUNK - TILE - step if BACKWARD else step)
-        i = begin + row
-        mask = (i < length) & (channel < D)
-        steps = load_tokens(dt, first + i, D, channel, mask)
-        value = load_tokens(values, first + i, D, channel, mask)
-        weight = load_tokens(weights, first + i, N, number, (i < length) & (number < N))
-        if BACKWARD:
-            elapsed = tl.cumsum(steps, axis=0)
-            if z is not None:
-                gate = load_tokens(z, first + i, D, channel, mask)
-                value *= gate * tl.sigmoid(gate)
-        else:
-            later = mask & (i + 1 < length) & (row + 1 < TILE)
-            elapsed = tl.cumsum(load_tokens(dt, first + i + 1, D, channel, later), axis=0, reverse=True)
-            value *= steps
-        tile_steps = tl.sum(steps, axis=0, keep_dims=True)
-        decayed = tl.exp2(elapsed[:, None, :] * rates[None, :, :]) * value[:, None, :]
-        state = tl.exp2(tile_steps * rates) * state + tl.sum(decayed * weight[:, :, None], axis=0)
-        total += tile_steps
+    _n, first, count, _place, _last = locate(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK)
+    rates = (load_A(A, D, N, channel, STATES) * LOG2_E)[None, :, :]
     offsets, inside = state_offsets(D, N, channel, STATES)
+    state = tl.zeros((1, STATES, BLOCK), tl.float32)
+    product = tl.full((1, STATES, BLOCK), 1.0, tl.float32)
+    dstate = tl.zeros((1, STATES, BLOCK), tl.float32)
+    time = tl.zeros((1, BLOCK), tl.float32)
+    for begin in range(0, CHUNK, TILE):
+        i = begin + tl.arange(0, TILE)[:, None]
+        mask = (i < count) & (channel < D)
+        weighted = (i < count) & (number < N)
+        steps = load_tokens(dt, first, i, D, channel, mask)
+        if dy is not None:
+            tile = tl.cast(chunk, tl.int64) * (CHUNK // TILE) + begin // TILE
+            tl.store(inner + tile * N * D + offsets, tl.sum(state, axis=0), mask=inside)
+            tl.store(elapsed + tile * D + channel, time, mask=channel < D)
+            time += tl.sum(steps, axis=0, keep_dims=True)
+        decay = tl.exp2(steps[:, None, :] * rates)
+        write = steps * load_tokens(x, first, i, D, channel, mask)
+        write = write[:, None, :] * load_tokens(B, first, i, N, number, weighted)[:, :, None]
+        decay, h = scan_tile(decay, write, product, state)
+        product, state = last_of(decay), last_of(h)
+        if dy is not None:
+            dout = load_tokens(dy, first, i, D, channel, mask)
+            if z is not None:
+                gate = load_tokens(z, first, i, D, channel, mask)
+                dout *= gate * tl.sigmoid(gate)
+            read = load_tokens(C, first, i, N, number, weighted)[:, :, None]
+            dstate += tl.sum(decay * (read * dout[:, None, :]), axis=0, keep_dims=True)
     at = tl.cast(chunk, tl.int64) * N * D + offsets
-    tl.store(added + at, state, mask=inside)
-    tl.store(products + at, tl.exp2(total * rates), mask=inside)
+    tl.store(added + at, tl.sum(state, axis=0), mask=inside)
+    tl.store(products + at, tl.sum(product, axis=0), mask=inside)
+    if dy is not None:
+        tl.store(dadded + at, tl.sum(dstate, axis=0), mask=inside)
 
 
 @kernel
@@ -216,32 +252,29 @@ def scan_kernel(
     chunk = tl.program_id(0) // blocks
     channel = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
     number = tl.arange(0, STATES)[None, :]
-    n, first, length, place = locate_chunk(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK)
-    rates = load_A(A, D, N, channel, STATES) * LOG2_E
+    n, first, count, place, last = locate(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK)
+    rates = (load_A(A, D, N, channel, STATES) * LOG2_E)[None, :, :]
     offsets, inside = state_offsets(D, N, channel, STATES)
     before = chunk - tl.where(place == 0, 0, 1)
-    state = load_border(carried, initial_state, before, n, place == 0, offsets, inside, N * D)
-    row = tl.arange(0, TILE)[:, None]
+    state = load_border(carried, initial_state, before, n, place == 0, offsets, inside, N * D)[None, :, :]
     if skip is not None:
         through = tl.load(skip + channel, mask=channel < D, other=0.0).to(tl.float32)
-    for step in range(0, CHUNK, TILE):
-        i = place * CHUNK + step + row
-        mask = (i < length) & (channel < D)
-        weighted = (i < length) & (number < N)
-        steps = load_tokens(dt, first + i, D, channel, mask)
-        value = load_tokens(x, first + i, D, channel, mask)
-        decay = tl.exp2(steps[:, None, :] * rates[None, :, :])
-        h = (steps * value)[:, None, :] * load_tokens(B, first + i, N, number, weighted)[:, :, None]
-        h += tl.where(row[:, :, None] == 0, decay * state[None, :, :], 0.0)
-        decay, h = tl.associative_scan((decay, h), 0, compose)
-        out = tl.sum(h * load_tokens(C, first + i, N, number, weighted)[:, :, None], axis=1)
+    for begin in range(0, CHUNK, TILE):
+        i = begin + tl.arange(0, TILE)[:, None]
+        mask = (i < count) & (channel < D)
+        weighted = (i < count) & (number < N)
+        steps = load_tokens(dt, first, i, D, channel, mask)
+        value = load_tokens(x, first, i, D, channel, mask)
+        decay = tl.exp2(steps[:, None, :] * rates)
+        write = (steps * value)[:, None, :] * load_tokens(B, first, i, N, number, weighted)[:, :, None]
+        _decay, h = scan_tile(decay, write, 1.0, state)
+        state = last_of(h)
+        out = tl.sum(h * load_tokens(C, first, i, N, number, weighted)[:, :, None], axis=1)
         if skip is not None:
             out += through * value
         if z is not None:
-            gate = load_tokens(z, first + i, D, channel, mask)
+            gate = load_tokens(z, first, i, D, channel, mask)
             out *= gate * tl.sigmoid(gate)
-        tl.store(y + (first + i) * D + channel, out, mask=mask)
-        state = tl.sum(tl.where(row[:, :, None] == TILE - 1, h, 0.0), axis=0)
-    last = (place * CHUNK < length) & (length <= place * CHUNK + CHUNK)
-    inside = (tl.arange(0, STATES)[:, None] < tl.where(last, N, 0)) & (channel < D)
-    tl.store(final_state + n * N * D + offsets, state, mask=inside)
+        tl.store(y + first * D + (i * D + channel), out, mask=mask)
+    inside = (tl.arange(0, STATES)[:, None] < tl.where(last & (count > 0), N, 0)) & (channel < D)
+    tl.store(final_state + n * N * D + offsets, tl.sum(state, axis=0), mask=inside)

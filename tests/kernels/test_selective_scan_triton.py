@@ -20,13 +20,13 @@ HALVES = ("x", "B", "C", "z")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Forward chunks of two tiles, and so few channels in a program that a token has several, in several groups."""
-    tile = triton_scan.Tile(4, 8, 1)
+    """Chunks of two tiles, and so few channels in a program that a token has several, in several groups."""
     for name, value in {"TILE": 2, "BLOCK": 8}.items():
         monkeypatch.setattr(linear, name, value)
-    monkeypatch.setattr(triton_scan, "CHUNK", 8)
-    monkeypatch.setattr(triton_scan, "FORWARD", tile)
-    monkeypatch.setattr(triton_backward, "BACKWARD", {256: tile})
+    tile = triton_scan.Tile(4, 8, 1)
+    for module, name, value in ((triton_scan, "FORWARD", tile), (triton_backward, "BACKWARD", {256: tile})):
+        monkeypatch.setattr(module, "CHUNK", 8)
+        monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(triton_backward, "GROUP", 4)
 
 
@@ -84,6 +84,13 @@ def test_packed(without):
     check(
         run(cast(inputs, torch.float32), cu_seqlens=cu_seqlens), run(inputs, "reference", cu_seqlens=cu_seqlens), 1e-6
     )
+
+
+def test_as_many_channels_as_are_summed_by_a_product(monkeypatch):
+    monkeypatch.setattr(triton_backward, "BACKWARD", {256: triton_scan.Tile(4, 32, 1)})
+    monkeypatch.setattr(triton_backward, "GROUP", 16)
+    inputs = make_inputs(T=7, D=11)
+    check(run(cast(inputs, torch.float32)), run(inputs, "reference"), 1e-6)
 
 
 @pytest.mark.parametrize("without", [("D",), ("z",)], ids=str)
