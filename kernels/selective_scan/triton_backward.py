@@ -22,6 +22,7 @@ from lm_zoo.kernels.selective_scan.triton_scan import (
     load_tokens,
     locate,
     options,
+    place_of_tile,
     places,
     plain,
     state_offsets,
@@ -144,8 +145,8 @@ def backward_kernel(
         if skip is not None:
             through = tl.load(skip + channel, mask=channel < D, other=0.0).to(tl.float32)
             dthrough = tl.zeros((TILE, BLOCK), tl.float32)
-        for step in range(0, CHUNK, TILE):
-            begin = CHUNK - TILE - step
+        for step in range(0, count, TILE):
+            begin = (count - 1 - step) // TILE * TILE
             i = begin + row
             mask = (i < count) & (channel < D)
             weighted = (i < count) & (number < N)
@@ -159,7 +160,7 @@ def backward_kernel(
             B_sum = tl.load(dB + weights_at, mask=added_up, other=0.0)
             C_sum = tl.load(dC + weights_at, mask=added_up, other=0.0)
 
-            tile = tl.cast(chunk, tl.int64) * (CHUNK // TILE) + begin // TILE
+            tile = place_of_tile(chunk, first, begin, TILE)
             time = tl.load(elapsed + tile * D + channel, mask=channel < D, other=0.0)
             state = tl.load(inner + tile * N * D + offsets, mask=inside, other=0.0)[None, :, :]
             state += border * tl.exp2(time * rates)

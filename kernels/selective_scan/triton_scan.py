@@ -107,7 +107,7 @@ def summarize(
     the gradients of the states, and for each tile the state before it `[tiles, N, D]`, if nothing came before the
     chunk, and the sum of dt since then `[tiles, D]`."""
     channels, size = A.shape
-    tiles = chunks.count * (CHUNK // tile.tokens)
+    tiles = x.shape[0] * x.shape[1] // tile.tokens + chunks.count
     shapes = [(chunks.count, size, channels)] * 2
     if dy is not None:
         shapes += [(chunks.count, size, channels), (tiles, size, channels), (tiles, channels)]
@@ -137,6 +137,12 @@ def locate(chunk, T, cu_seqlens, sequence_of, first_chunk, CHUNK: tl.constexpr):
     start = tl.cast(place, tl.int64) * CHUNK
     count = tl.cast(tl.maximum(tl.minimum(length - start, CHUNK), 0), tl.int32)
     return n, first + start, count, place, length <= start + CHUNK
+
+
+@triton.jit
+def place_of_tile(chunk, first, begin, TILE: tl.constexpr):
+    """Of the tile from token `begin` of a chunk on, among all: a chunk has at most one more than its share."""
+    return first // TILE + chunk + begin // TILE
 
 
 @triton.jit
@@ -210,13 +216,13 @@ def summary_kernel(
     product = tl.full((1, STATES, BLOCK), 1.0, tl.float32)
     dstate = tl.zeros((1, STATES, BLOCK), tl.float32)
     time = tl.zeros((1, BLOCK), tl.float32)
-    for begin in range(0, CHUNK, TILE):
+    for begin in range(0, count, TILE):
         i = begin + tl.arange(0, TILE)[:, None]
         mask = (i < count) & (channel < D)
         weighted = (i < count) & (number < N)
         steps = load_tokens(dt, first, i, D, channel, mask)
         if dy is not None:
-            tile = tl.cast(chunk, tl.int64) * (CHUNK // TILE) + begin // TILE
+            tile = place_of_tile(chunk, first, begin, TILE)
             tl.store(inner + tile * N * D + offsets, tl.sum(state, axis=0), mask=inside)
             tl.store(elapsed + tile * D + channel, time, mask=channel < D)
             time += tl.sum(steps, axis=0, keep_dims=True)
@@ -259,7 +265,7 @@ def scan_kernel(
     state = load_border(carried, initial_state, before, n, place == 0, offsets, inside, N * D)[None, :, :]
     if skip is not None:
         through = tl.load(skip + channel, mask=channel < D, other=0.0).to(tl.float32)
-    for begin in range(0, CHUNK, TILE):
+    for begin in range(0, count, TILE):
         i = begin + tl.arange(0, TILE)[:, None]
         mask = (i < count) & (channel < D)
         weighted = (i < count) & (number < N)
