@@ -29,11 +29,12 @@ from lm_zoo.kernels.selective_scan.triton_scan import (
     summarize,
     transpose_states,
 )
-from lm_zoo.kernels.triton_kernel import kernel
+from lm_zoo.kernels.triton_kernel import TRITON_VERSION, kernel
 
 # By the largest N, rounded up to a power of two: what fits without spills on compute capability 8.0 and 9.0.
 BACKWARD = {32: Tile(8, 128, 1), 256: Tile(8, 512, 8)}
 GROUP = 64  # channels that a program goes through, adding up their dB and dC
+SHORTEST_PRODUCT = tl.constexpr(8 if TRITON_VERSION >= (3, 9) else 16)  # of tiles of float32, by what it sums over
 
 
 def selective_scan_backward(
@@ -109,9 +110,9 @@ def scan_back(decay, x, border):
 def sum_channels(states, values):
     """`[TILE, STATES]`, the sums over channels of states `[TILE, STATES, BLOCK]` times values `[TILE, BLOCK]`.
 
-    Sums along lanes would take more than the scans; a product of tiles goes by way of shared memory.
+    A product of tiles goes by way of shared memory, which takes half of what sums along the lanes do.
     """
-    if states.shape[2] < 8:  # too few for a product
+    if states.shape[2] < SHORTEST_PRODUCT:
         total = tl.sum(states * values[:, None, :], axis=2)
     else:
         total = tl.sum(tl.dot(states, values[:, :, None], input_precision="ieee"), axis=2)
