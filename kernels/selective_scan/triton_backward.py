@@ -29,12 +29,11 @@ from lm_zoo.kernels.selective_scan.triton_scan import (
     summarize,
     transpose_states,
 )
-from lm_zoo.kernels.triton_kernel import TRITON_VERSION, kernel
+from lm_zoo.kernels.triton_kernel import kernel
 
 # By the largest N, rounded up to a power of two: what fits without spills on compute capability 8.0 and 9.0.
 BACKWARD = {32: Tile(8, 128, 1), 256: Tile(8, 512, 8)}
 GROUP = 64  # channels that a program goes through, adding up their dB and dC
-SHORTEST_PRODUCT = tl.constexpr(8 if TRITON_VERSION >= (3, 9) else 16)  # of tiles of float32, by what it sums over
 
 
 def selective_scan_backward(
@@ -72,7 +71,7 @@ def selective_scan_backward(
     backward_kernel[(chunks.count * groups,)](
         x, dt, A, B, C, D, z, dy, states, dstates, inner, elapsed, first_state, dlast_state,
         dx, ddt, dA, dB, dC, dD, dz, dfirst_state,
-        x.shape[0] * x.shape[1], *places(x, A, chunks), CHUNK=CHUNK, GROUP=GROUP, num_stages=1, **options(A, tile),
+        x.shape[0] * x.shape[1], *places(x, A, chunks), CHUNK=CHUNK, GROUP=GROUP, **options(A, tile),
     )  # fmt: skip
     dD = None if D is None else dD.sum(0)
     dinitial_state = None if initial_state is None else dfirst_state.mT
@@ -110,13 +109,10 @@ def scan_back(decay, x, border):
 def sum_channels(states, values):
     """`[TILE, STATES]`, the sums over channels of states `[TILE, STATES, BLOCK]` times values `[TILE, BLOCK]`.
 
-    A product of tiles goes by way of shared memory, which takes half of what sums along the lanes do.
+    With the 0 a product is rounded before lanes add theirs up. Else each would fuse its own into the sum, and they
+    would differ in the last bit.
     """
-    if states.shape[2] < SHORTEST_PRODUCT:
-        total = tl.sum(states * values[:, None, :], axis=2)
-    else:
-        total = tl.sum(tl.dot(states, values[:, :, None], input_precision="ieee"), axis=2)
-    return total
+    return tl.sum(states * values[:, None, :] + 0.0, axis=2)
 
 
 @kernel

@@ -86,13 +86,6 @@ def test_packed(without):
     )
 
 
-def test_as_many_channels_as_are_summed_by_a_product(monkeypatch):
-    monkeypatch.setattr(triton_backward, "BACKWARD", {256: triton_scan.Tile(4, 32, 1)})
-    monkeypatch.setattr(triton_backward, "GROUP", 16)
-    inputs = make_inputs(T=7, D=11)
-    check(run(cast(inputs, torch.float32)), run(inputs, "reference"), 1e-6)
-
-
 @pytest.mark.parametrize("without", [("D",), ("z",)], ids=str)
 def test_each_option_on_its_own(without):
     inputs = make_inputs(T=5, D=2, without=without)
