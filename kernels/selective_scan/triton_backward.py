@@ -176,7 +176,8 @@ def backward_kernel(
                 dout *= gate * sigmoid
             tl.store(dC + weights_at, C_sum + sum_channels(h, dout), mask=weighted)
 
-            # From its end. B is loaded again, to be there when it is needed rather than in registers until then.
+            # From its end; a scan in reverse would exchange all it has between lanes. B is loaded again, to be there
+            # when it is needed rather than in registers until then.
             g = scan_back(tl.flip(decay, 0), tl.flip(read * dout[:, None, :], 0), dstate)
             i = begin + TILE - 1 - row
             write_weight = load_tokens(B, first, i, N, number, (i < count) & (number < N))[:, :, None]

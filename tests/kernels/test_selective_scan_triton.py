@@ -78,7 +78,7 @@ def test_matches_the_recurrence(T, without):
 
 @pytest.mark.parametrize("without", [(), OPTIONAL], ids=["full", "bare"])
 def test_packed(without):
-    bounds = [0, 0, 2, 2, 19, 20, 20]
+    bounds = [0, 0, 5, 5, 19, 20, 20]
     inputs = make_inputs(T=20, D=2, states=6, without=without)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     check(
