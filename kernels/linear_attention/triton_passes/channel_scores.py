@@ -32,7 +32,9 @@ LEVELS: tl.constexpr = tl.constexpr(C.value.bit_length() - 1)
 # Launch.block: channels that stand in a tile.
 for device_class in ("large", "small"):
     TABLE["channel_scores_kernel", device_class] = {size: Launch(64, 8, 1) for size in (64, 128, 256)}
-    TABLE["channel_scores_backward_kernel", device_class] = {size: Launch(32, 8, 1) for size in (64, 128, 256)}
+    for key in ("channel_scores_backward_kernel", "channel_scores_backward_kernel, additive"):
+        TABLE[key, device_class] = {size: Launch(32, 8, 1) for size in (64, 128, 256)}
+TABLE["channel_scores_backward_kernel, additive", "hopper"] = {size: Launch(32, 4, 1) for size in (64, 128, 256)}
 
 
 def channel_scores(
@@ -66,7 +68,7 @@ def channel_scores_backward(
     """Adds to dq, dk and, if there is one, dG, float32 and one per value head. Of dA_qk what is above the diagonal is
     not looked at, of dA_kk what is on it neither."""
     (H, K), HV = k.shape[2:], G.shape[2]
-    block, warps, stages = launch("channel_scores_backward_kernel", q, K)
+    block, warps, stages = launch("channel_scores_backward_kernel" + ", additive" * (dA_kk is None), q, K)
     channel_scores_backward_kernel[segment.chunks, HV, blocks(K, block)](
         dA_qk, dA_kk, q, k, G, dq, dk, dG, segment.bounds, segment.length, scale, H, HV,
         K=K, BLOCK_K=block, num_warps=warps, num_stages=stages,
@@ -77,6 +79,12 @@ def channel_scores_backward(
 def reference(i, level):
     """The first row of the square that token i is in at a level, be it one of its rows or of its columns."""
     return ((i >> level) | 1) << level
+
+
+@triton.jit
+def factor(g, G_r):
+    """E = e^{-|G - G_r|}. `tl.exp` spends three instructions more on what is below 1e-38, and may be 0 here."""
+    return tl.exp2(tl.abs(g - G_r) * -1.4426950408889634)
 
 
 @triton.jit
@@ -95,8 +103,8 @@ def channel_scores_kernel(
 ):  # fmt: skip
     """A_qk[i,j] = scale sum_d q_id k_jd e^{G_id - G_jd} for i >= j, A_kk[i,j] likewise of k for i > j.
 
-    One chunk and one value head per program. G_r of the next level is loaded while a level is computed, and carried
-    over: loaded within its own level, the compiler would load and compute E once for every operand it goes into.
+    One chunk and one value head per program. G_r is loaded at the end of the level before and carried over: loaded
+    within its own level, the compiler would load and compute E once for every operand it goes into.
     """
     start, end = chunk_tokens(tl.cast(tl.program_id(0), tl.int64), bounds, T)
     length = tl.cast(end - start, tl.int32)
@@ -115,8 +123,7 @@ def channel_scores_kernel(
         diagonal += tl.sum(queries.to(tl.float32) * keys.to(tl.float32), axis=1)
         G_r = load_tokens(G, reference(i, 0), length, head, HV, channel, K)
         for level in range(LEVELS):
-            E = tl.exp(-tl.abs(g - G_r))
-            G_r = load_tokens(G, reference(i, level + 1), length, head, HV, channel, K)
+            E = factor(g, G_r)
             pairs = pairs_of(level)
             rows = (queries * E).to(queries.dtype)
             columns = (keys * E).to(keys.dtype)
@@ -124,6 +131,7 @@ def channel_scores_kernel(
             scores_qk = tl.where(pairs, dot(rows, columns_T, scores_qk), scores_qk)
             if A_kk is not None:
                 scores_kk = tl.where(pairs, dot(columns, columns_T, scores_kk), scores_kk)
+            G_r = load_tokens(G, reference(i, level + 1), length, head, HV, channel, K)
     scores_qk = tl.where(i[:, None] == i[None, :], diagonal[:, None], scores_qk) * scale
     store_tokens(A_qk + start * HV * C, scores_qk, i, length, head, HV, i, C)
     if A_kk is not None:
@@ -162,34 +170,34 @@ def channel_scores_backward_kernel(
     if dA_kk is not None:
         dscores_kk = load_tokens(dA_kk + start * HV * C, i, length, head, HV, i, C).to(keys.dtype)
 
-    dq_tile = diagonal * keys
-    dk_tile = diagonal * queries
+    dq_tile = load_tokens(dq, i, length, head, HV, channel, K) + diagonal * keys
+    dk_tile = load_tokens(dk, i, length, head, HV, channel, K) + diagonal * queries
     dG_tile = tl.zeros([C, BLOCK_K], dtype=tl.float32)
+    if dG is not None:
+        dG += start * HV * K
+        dG_tile += load_tokens(dG, i, length, head, HV, channel, K)
     G_r = load_tokens(G, reference(i, 0), length, head, HV, channel, K)
     for level in range(LEVELS):
-        E = tl.exp(-tl.abs(g - G_r))
-        G_r = load_tokens(G, reference(i, level + 1), length, head, HV, channel, K)
+        E = factor(g, G_r)
         pairs = pairs_of(level)
         rows = (queries * E).to(queries.dtype)
         columns = (keys * E).to(keys.dtype)
         P = tl.where(pairs, dscores_qk, 0.0)
+        early = dot(tl.trans(P), rows)
         late = dot(P, columns)
         dq_tile += E * late
         dG_tile += rows * late
-        early = dot(tl.trans(P), rows)
         if dA_kk is not None:
             P = tl.where(pairs, dscores_kk, 0.0)
             early = dot(tl.trans(P), columns, early)
             late = dot(P, columns)
-            dk_tile += E * late
-            dG_tile += columns * late
-        dk_tile += E * early
-        dG_tile -= columns * early
-    dq_tile += load_tokens(dq, i, length, head, HV, channel, K)
-    dk_tile += load_tokens(dk, i, length, head, HV, channel, K)
+            dk_tile += E * (early + late)
+            dG_tile += columns * (late - early)
+        else:
+            dk_tile += E * early
+            dG_tile -= columns * early
+        G_r = load_tokens(G, reference(i, level + 1), length, head, HV, channel, K)
     store_tokens(dq, dq_tile, i, length, head, HV, channel, K)
     store_tokens(dk, dk_tile, i, length, head, HV, channel, K)
     if dG is not None:
-        dG += start * HV * K
-        dG_tile += load_tokens(dG, i, length, head, HV, channel, K)
         store_tokens(dG, dG_tile, i, length, head, HV, channel, K)

@@ -18,8 +18,10 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 from lm_zoo.kernels.triton_kernel import kernel
 
 # Launch.block: channels of K and of V in a tile.
-TABLE["chunk_gradients_kernel", "large"] = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
-TABLE["chunk_gradients_kernel", "small"] = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
+for key in ("chunk_gradients_kernel", "chunk_gradients_kernel, per channel"):
+    for device_class in ("large", "small"):
+        TABLE[key, device_class] = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
+    TABLE[key, "hopper"] = {64: Launch(32, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 8, 2)}
 
 
 def chunk_gradients(
@@ -50,7 +52,7 @@ def chunk_gradients(
     dw = q.new_empty(B, T, HV, K) if delta else None
     dG, dlog_decay = (torch.empty_like(G), torch.empty_like(G)) if decay_gradient else (None, None)
     dA_qk = q.new_empty(B, T, HV, C.value) if per_channel else None
-    entry = launch("chunk_gradients_kernel", q, max(K, V))
+    entry = launch("chunk_gradients_kernel" + ", per channel" * per_channel, q, max(K, V))
     chunk_gradients_kernel[segment.chunks, HV](
         do, du, q, k, v_new, G, states, dstates, dq, dk, dw, dG, dlog_decay, dA_qk, scale,
         segment.bounds, segment.length, H, HV,
@@ -121,11 +123,11 @@ def chunk_gradients_kernel(
         dq_tile *= scale
         if PER_CHANNEL:
             g, G_end = load_tokens(G, i, length, head, HV, row, K), load_last(G, last, head, HV, row, K)
-            dq_tile *= tl.exp(g)
             dk_tile *= tl.exp(G_end[None, :] - g)
+            dq_tile *= tl.exp(g)
             if dG is not None:
-                passed *= tl.exp(G_end)
                 store_tokens(dG, queries.to(tl.float32) * dq_tile, i, length, head, HV, row, K)
+                passed *= tl.exp(G_end)
                 left_before = tl.cumsum(keys.to(tl.float32) * dk_tile, axis=0) + passed[None, :]
                 store_tokens(dlog_decay, left_before, i + 1, length, head, HV, row, K)
                 tl.store(dlog_decay + head * K + row, passed, mask=row < tl.where(length > 0, K, 0))
@@ -134,13 +136,12 @@ def chunk_gradients_kernel(
                 dq_tile *= tl.exp(g)[:, None]
                 dk_tile *= tl.exp(G_end - g)[:, None]
             if PER_TOKEN and dG is not None:
-                left += tl.sum(keys.to(tl.float32) * dk_tile, axis=1)
                 through += tl.sum(passed, axis=0) * tl.exp(G_end)
+                left += tl.sum(keys.to(tl.float32) * dk_tile, axis=1)
             dq_tile = dot(D, keys, dq_tile)
             dk_scores = dot(tl.trans(D), queries)
             if PER_TOKEN and dG is not None:
-                dG_sum += tl.sum(queries.to(tl.float32) * dq_tile, axis=1)
-                dG_sum -= tl.sum(keys.to(tl.float32) * dk_scores, axis=1)
+                dG_sum += tl.sum(queries.to(tl.float32) * dq_tile - keys.to(tl.float32) * dk_scores, axis=1)
             dq_tile += diagonal * keys.to(tl.float32)
             dk_tile += dk_scores + diagonal * queries.to(tl.float32)
         store_tokens(dq, dq_tile, i, length, head, HV, row, K)

@@ -19,10 +19,13 @@ from lm_zoo.kernels.linear_attention.triton_passes.tiles import (
 from lm_zoo.kernels.triton_kernel import kernel
 
 # Launch.block: columns of the state that a program carries, with all their K rows.
-for key in ("chunk_states_kernel", "chunk_states_kernel, per channel"):
-    TABLE[key, "large"] = {64: Launch(64, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
-    TABLE[key, "hopper"] = {64: Launch(64, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 2)}
-    TABLE[key, "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
+for gates in ("", ", per channel"):
+    for key in ("chunk_states_kernel" + gates, "chunk_states_kernel, additive" + gates):
+        TABLE[key, "large"] = {64: Launch(64, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
+        TABLE[key, "hopper"] = {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 8, 2)}
+        TABLE[key, "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
+TABLE["chunk_states_kernel, additive", "hopper"][128] = Launch(32, 4, 2)
+TABLE["chunk_states_kernel, additive, per channel", "hopper"][256] = Launch(64, 8, 2)
 
 
 def chunk_states(
@@ -34,7 +37,7 @@ def chunk_states(
     states = k.new_empty(segment.chunks, HV, K, V)
     v_new = u if w is None else torch.empty_like(u)
     per_channel = G is not None and G.dim() == 4
-    entry = launch("chunk_states_kernel" + ", per channel" * per_channel, k, K)
+    entry = launch("chunk_states_kernel" + ", additive" * (w is None) + ", per channel" * per_channel, k, K)
     block = min(entry.block, padded(V))
     chunk_states_kernel[segment.sequences, HV, blocks(V, block)](
         k, u, w, G, state, states, v_new, segment.bounds, segment.first_chunk, segment.length, H, HV,

@@ -34,8 +34,17 @@ TABLE["chunk_states_backward_kernel, per channel", "small"] = {
 # Without the delta rule it is the work of `chunk_states`, on as large tiles.
 for key in ("chunk_states_backward_kernel, additive", "chunk_states_backward_kernel, additive, per channel"):
     TABLE[key, "large"] = {64: Launch(64, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
-    TABLE[key, "hopper"] = {64: Launch(64, 4, 2), 128: Launch(32, 4, 2), 256: Launch(32, 8, 2)}
     TABLE[key, "small"] = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 8, 1)}
+TABLE["chunk_states_backward_kernel, additive", "hopper"] = {
+    64: Launch(64, 4, 2),
+    128: Launch(64, 8, 2),
+    256: Launch(32, 8, 2),
+}
+TABLE["chunk_states_backward_kernel, additive, per channel", "hopper"] = {
+    64: Launch(64, 4, 2),
+    128: Launch(64, 4, 2),
+    256: Launch(64, 8, 2),
+}
 
 
 def chunk_states_backward(
