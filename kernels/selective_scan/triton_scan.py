@@ -9,8 +9,8 @@ only, `[TILE, N, BLOCK]`: channels run along the lanes of one warp, and time lie
 exchanges nothing. With N = 16 a lane also has half of the states of a channel, or a quarter, and no warp waits for
 another. All exponents are <= 0.
 
-An exponential takes the unit that computes it as long as eight other instructions take to issue. So what counts is how
-often a kernel takes one per token, channel and state: once in each of 1 and 3.
+On an H100, the unit for exponentials takes as long for one as eight other instructions take to issue. So 1 and 3 take
+one each per token, channel and state, and do little else: a warp issues 7 and 10 instructions for 32 of them.
 
 The backward pass needs nothing but the inputs. It does 1 and 2 again, in both directions from the same exponentials,
 and keeps the state before each tile as it would be if nothing came before the chunk; then one kernel does the rest
