@@ -10,7 +10,7 @@ exchanges nothing. With N = 16 a lane also has half of the states of a channel, 
 another. All exponents are <= 0.
 
 On an H100, the unit for exponentials takes as long for one as eight other instructions take to issue. So 1 and 3 take
-one each per token, channel and state, and do little else: a warp issues 7 and 10 instructions for 32 of them.
+one each per token, channel and state, and little else.
 
 The backward pass needs nothing but the inputs. It does 1 and 2 again, in both directions from the same exponentials,
 and keeps the state before each tile as it would be if nothing came before the chunk; then one kernel does the rest
