@@ -44,7 +44,7 @@ TARGETS = {
     "cuda:80": (GPUTarget("cuda", 80, 32), "large"),  # A100
     "cuda:89": (GPUTarget("cuda", 89, 32), "small"),  # consumer cards
     "cuda:90": (GPUTarget("cuda", 90, 32), "hopper"),  # H100, H200
-    "cuda:100": (GPUTarget("cuda", 100, 32), "hopper"),  # B200
+    "cuda:100": (GPUTarget("cuda", 100, 32), "large"),  # B200
     "hip:gfx942": (GPUTarget("hip", "gfx942", 64), "small"),  # MI300
 }
 SHARED_MEMORY = {

@@ -49,7 +49,7 @@ BLOCKS = {
     "channel_scores_backward_kernel, additive": (16, 32, 64),
 }
 # By size of a head. Beside what stands in the table: what it replaced, where an emulator of the machine code alone has
-# seen the new entry to be right (docs/kernels.md), and what looks good on paper. Not among them is (64, 8, 2) of
+# seen the new entry to be right (docs/gpu/nvidia-h200.md), and what looks good on paper. Not among them: (64, 8, 2) of
 # chunk_states_backward_kernel, which once reached outside its memory at 128, nobody knows why.
 TILES = {
     "chunk_states_backward_kernel": [(64, 8, 1)],
@@ -78,7 +78,7 @@ PROMISING = {
         "chunk_states_backward_kernel, additive": [(32, 4, 2), (64, 8, 2)],
         "chunk_states_backward_kernel, additive, per channel": [(32, 8, 2)],
         "chunk_output_backward_kernel": [(64, 4, 2), (128, 8, 2)],
-        "chunk_gradients_kernel": [(64, 8, 2), (64, 4, 2)],
+        "chunk_gradients_kernel": [(32, 8, 2), (64, 8, 2)],
         "chunk_gradients_kernel, per channel": [(64, 8, 2)],
         "delta_transform_backward_kernel": [(64, 8, 1)],
         "channel_scores_backward_kernel": [(64, 8, 1)],

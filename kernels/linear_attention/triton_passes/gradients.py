@@ -22,6 +22,7 @@ for key in ("chunk_gradients_kernel", "chunk_gradients_kernel, per channel"):
     for device_class in ("large", "small"):
         TABLE[key, device_class] = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2), 256: Launch(32, 8, 2)}
     TABLE[key, "hopper"] = {64: Launch(32, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 8, 2)}
+TABLE["chunk_gradients_kernel", "hopper"][256] = Launch(64, 4, 2)
 
 
 def chunk_gradients(

@@ -3,8 +3,8 @@ is the same, and a sequence's result does not depend on what else is in the batc
 
 Keys are the kernel, the class of the device and the size of a head, rounded up to 64, 128 or 256. A class is what the
 device has of shared memory per block: "large" (160 kB and more: A100) or "small" (99 kB consumer cards, and 64 kB on
-AMD); "hopper" is large with matrix units that work on whole tiles (H100, H200, B200), and takes the entries of "large"
-where it has none of its own. `scripts/tune_launch.py` finds entries on a GPU.
+AMD); "hopper" is large, too, with entries timed on an H200 (H100, H200), and takes those of "large" where it has none.
+`scripts/tune_launch.py` finds entries on a GPU.
 """
 
 from functools import cache
@@ -32,7 +32,7 @@ def device_class(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY:
         return "small"
-    return "hopper" if properties.major >= 9 and torch.version.hip is None else "large"
+    return "hopper" if properties.major == 9 and torch.version.hip is None else "large"
 
 
 def launch(kernel: str, x: Tensor, size: int) -> Launch:
