@@ -97,8 +97,7 @@ def chunk_scores_backward(
     dG: Tensor | None,
     segment: Segment,
 ) -> None:
-    """Adds to dq, dk and dG, if there is one. dA_qk is lower and dA_kk strictly lower triangular; both are
-    overwritten."""
+    """Adds to dq, dk and, if there is one, dG. dA_qk, lower, and dA_kk, strictly lower triangular, are overwritten."""
     delta = dA_kk is not None
     if G is not None and G.dim() == 4:
         # The diagonal does not depend on G. Kept apart, it cannot drown what does in q*dq - k*dk.
